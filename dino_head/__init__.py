@@ -1,0 +1,24 @@
+"""The DINO projection head, objective and training rules as parts for PyTorch Lightning.
+
+`dino_head` itself is plain PyTorch; the Lightning callbacks are in `dino_head.callbacks`, imported where they
+are used.
+"""
+
+from dino_head.functional import dino_loss
+from dino_head.head import DINOProjectionHead, ProjectionHead
+from dino_head.losses import DINOLoss
+from dino_head.multicrop import multicrop_forward
+from dino_head.prototypes import FactoredLogits
+from dino_head.schedules import cosine_schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DINOLoss",
+    "DINOProjectionHead",
+    "FactoredLogits",
+    "ProjectionHead",
+    "cosine_schedule",
+    "dino_loss",
+    "multicrop_forward",
+]

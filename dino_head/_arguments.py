@@ -1,0 +1,21 @@
+"""Checks of arguments, with messages that say what was given, what was expected and what to do."""
+
+from numbers import Integral, Real
+
+
+def check_integer(name: str, value: object, minimum: int, hint: str = "") -> None:
+    """Raise ValueError unless `value` is an integer (no bool) of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
+        raise ValueError(f"{name} must be an integer >= {minimum}{hint}, got {value!r}")
+
+
+def check_number(name: str, value: object, minimum: float, maximum: float, *, exclude_minimum: bool = False) -> None:
+    """Raise ValueError unless `value` is a number in [minimum, maximum], or (minimum, maximum]."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Real)
+        or not minimum <= value <= maximum
+        or (exclude_minimum and value == minimum)
+    ):
+        interval = f"{'(' if exclude_minimum else '['}{minimum}, {maximum}]"
+        raise ValueError(f"{name} must be a number in {interval}, got {value!r}")

@@ -1,0 +1,190 @@
+"""The projection head of DINO: an MLP, an L2-normalised bottleneck and a last layer of prototypes.
+
+Sizes: D bottleneck width, K prototypes; `...` is any number of leading dimensions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dino_head._arguments import check_integer
+from dino_head.prototypes import FactoredLogits, WeightNormPrototypes, cancel_gradients
+
+Block = tuple[int, int, nn.Module | None, nn.Module | None]
+
+
+class ProjectionHead(nn.Module):
+    """An MLP: for each block a Linear, then its norm and its activation where given.
+
+    Its input may have any number of leading dimensions: (B, in), (B, N, in) and more. Batch norm takes its
+    statistics over all of them.
+
+    Args:
+        blocks: `(in, out, norm module or None, activation or None)` for each layer; the `out` of one is the `in`
+            of the next.
+        bias: None gives a Linear that batch norm follows no bias and any other one; True and False force it for
+            all layers.
+
+    Raises:
+        ValueError: no block, a width that is no positive integer, or neighbours that do not fit.
+
+    >>> head = ProjectionHead([(384, 512, nn.BatchNorm1d(512), nn.GELU()), (512, 64, None, None)])
+    >>> head(torch.randn(2, 10, 384)).shape
+    torch.Size([2, 10, 64])
+    """
+
+    def __init__(self, blocks: Sequence[Block], *, bias: bool | None = None) -> None:
+        super().__init__()
+        if not blocks:
+            raise ValueError("blocks must hold at least one (in, out, norm, activation), got none")
+        for i, (width_in, width_out, _, _) in enumerate(blocks):
+            check_integer(f"the input width of block {i}", width_in, 1)
+            check_integer(f"the output width of block {i}", width_out, 1)
+            if i > 0 and width_in != blocks[i - 1][1]:
+                raise ValueError(
+                    f"block {i} expects inputs of width {width_in}, but block {i - 1} gives {blocks[i - 1][1]}: "
+                    "make the output width of a block the input width of the next"
+                )
+        layers: list[nn.Module] = []
+        for width_in, width_out, norm, activation in blocks:
+            with_bias = not isinstance(norm, _BatchNorm) if bias is None else bias
+            layers.append(nn.Linear(width_in, width_out, bias=with_bias))
+            layers.extend(module for module in (norm, activation) if module is not None)
+        self.layers = nn.Sequential(*layers)
+        self.input_dim = blocks[0][0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (..., in) -> projections (..., out).
+
+        Raises:
+            ValueError: wrong width, an input that is not floating point, or a single sample where batch norm in
+                training needs at least two.
+        """
+        self._check_input(x)
+        y: Tensor = self.layers(x.reshape(-1, self.input_dim))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _check_input(self, x: Tensor) -> None:
+        shape = tuple(x.shape)
+        if not x.is_floating_point():
+            raise ValueError(f"head expects floating-point features, got {x.dtype}: convert with x.float()")
+        if x.dim() == 0 or shape[-1] != self.input_dim:
+            remedy = f"set input_dim={shape[-1]}" if shape else "pass features of shape (..., input_dim)"
+            raise ValueError(
+                f"head expects inputs of width {self.input_dim} (input_dim), got shape {shape}: "
+                f"{remedy} or use another backbone"
+            )
+        if x.numel() < 2 * self.input_dim and any(
+            isinstance(layer, _BatchNorm) and layer.training for layer in self.layers
+        ):
+            raise ValueError(
+                f"batch norm in training needs at least 2 samples to take statistics over, got shape {shape}: "
+                "use a larger batch (drop_last=True avoids a small last one), batch_norm=False, or eval()"
+            )
+
+
+class DINOProjectionHead(ProjectionHead):
+    """The projection head of DINO (Caron et al. 2021, arXiv:2104.14294, section 3.1 and appendix C).
+
+    `num_layers - 1` times Linear, batch norm (optional) and GELU, then a Linear to the bottleneck, L2
+    normalisation, and a last layer of prototypes without bias:
+
+        z = h / ||h||,  h = MLP(x)                (..., D)
+        logits = z @ prototypes.T                 (..., K)
+
+    Args:
+        input_dim: width of the backbone's features.
+        hidden_dim: width of the MLP's hidden layers.
+        bottleneck_dim: D.
+        output_dim: K.
+        batch_norm: batch norm after each hidden Linear. (The authors' ViTs train without.)
+        freeze_last_layer: epochs for which `FreezeLastLayerCallback` holds the last layer; -1 and 0: none.
+        norm_last_layer: True: prototypes of unit norm; False: with trainable norms; None: a plain linear map,
+            without weight norm (DINOv3).
+        num_layers: Linear layers of the MLP, the one to the bottleneck included.
+        bias: see `ProjectionHead`.
+
+    Raises:
+        ValueError: a size or `num_layers` that is no positive integer, or `freeze_last_layer` < -1.
+
+    >>> head = DINOProjectionHead(384, 512, 64, 4096, batch_norm=False)
+    >>> head(torch.randn(2, 10, 384)).shape
+    torch.Size([2, 10, 4096])
+    >>> z, prototypes = head.factored_logits(torch.randn(2, 10, 384))
+    >>> z.shape, prototypes.shape
+    (torch.Size([2, 10, 64]), torch.Size([4096, 64]))
+    """
+
+    def __init__(
+        self,
+        input_dim: int = 2048,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        output_dim: int = 4096,
+        batch_norm: bool = True,
+        freeze_last_layer: int = -1,
+        norm_last_layer: bool | None = True,
+        *,
+        num_layers: int = 3,
+        bias: bool | None = None,
+    ) -> None:
+        sizes = {
+            "input_dim": input_dim,
+            "hidden_dim": hidden_dim,
+            "bottleneck_dim": bottleneck_dim,
+            "output_dim": output_dim,
+            "num_layers": num_layers,
+        }
+        for name, size in sizes.items():
+            check_integer(name, size, 1)
+        check_integer("freeze_last_layer", freeze_last_layer, -1, " (epochs; -1 and 0 freeze nothing)")
+        widths = [input_dim] + [hidden_dim] * (num_layers - 1)
+        hidden: list[Block] = [
+            (width, hidden_dim, nn.BatchNorm1d(hidden_dim) if batch_norm else None, nn.GELU()) for width in widths[:-1]
+        ]
+        super().__init__([*hidden, (widths[-1], bottleneck_dim, None, None)], bias=bias)
+        self.last_layer: WeightNormPrototypes | nn.Linear
+        if norm_last_layer is None:
+            self.last_layer = nn.Linear(bottleneck_dim, output_dim, bias=False)
+        else:
+            self.last_layer = WeightNormPrototypes(bottleneck_dim, output_dim, trainable_norm=not norm_last_layer)
+        self.freeze_last_layer = freeze_last_layer
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise as the authors do: truncated normal weights (std 0.02) and zero biases in the MLP."""
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+            elif isinstance(layer, _BatchNorm):
+                layer.reset_parameters()
+        if isinstance(self.last_layer, nn.Linear):
+            nn.init.trunc_normal_(self.last_layer.weight, std=0.02)
+        else:
+            self.last_layer.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (..., input_dim) -> logits (..., K)."""
+        return self.factored_logits(x).logits()
+
+    def factored_logits(self, x: Tensor) -> FactoredLogits:
+        """Features (..., input_dim) -> unit vectors (..., D) and prototypes (K, D), not yet multiplied."""
+        h = super().forward(x)
+        # float16 has no 1e-12: it would be 0, and a zero vector would become NaN.
+        z = F.normalize(h, dim=-1, eps=1e-6 if h.dtype == torch.float16 else 1e-12)
+        return FactoredLogits(z, self.last_layer.weight)
+
+    def cancel_last_layer_gradients(self, current_epoch: int) -> None:
+        """Set the gradients of the last layer to None while `current_epoch < freeze_last_layer`.
+
+        Call it between backward and the optimizer's step; `FreezeLastLayerCallback` does. The layer then stays
+        bitwise as it is, whatever the optimizer's weight decay and momentum.
+        """
+        if current_epoch < self.freeze_last_layer:
+            cancel_gradients(self.last_layer.parameters())

@@ -1,0 +1,96 @@
+"""The last layer of the DINO head: K prototypes that score unit vectors.
+
+Sizes: D bottleneck width, K prototypes.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FactoredLogits(NamedTuple):
+    """Logits that are not multiplied yet: `z @ prototypes.T`.
+
+    The logits of many views and many prototypes are the largest tensor of a DINO step; whoever can work without
+    them takes this.
+
+    Args:
+        z: unit vectors, shape (..., D).
+        prototypes: effective weights of the last layer, shape (K, D).
+
+    >>> factored = FactoredLogits(torch.ones(2, 5, 8), torch.ones(32, 8))
+    >>> factored.logits().shape
+    torch.Size([2, 5, 32])
+    """
+
+    z: Tensor
+    prototypes: Tensor
+
+    def logits(self) -> Tensor:
+        """Multiply: (..., D) and (K, D) -> (..., K)."""
+        return F.linear(self.z, self.prototypes)
+
+
+def weight_norm(weight_v: Tensor, weight_g: Tensor) -> Tensor:
+    """Rows of `weight_v` (K, D) scaled to the norms `weight_g` (K, 1).
+
+    w_k = g_k v_k / ||v_k||, Salimans and Kingma 2016 (arXiv:1602.07868), equation 2.
+    """
+    # The fused kernel is private, so it may go away; the formula behind it gives the same figures, slower.
+    kernel = getattr(torch, "_weight_norm", None)
+    if kernel is None:
+        return weight_v * (weight_g / weight_v.norm(dim=1, keepdim=True))
+    weight: Tensor = kernel(weight_v, weight_g, 0)
+    return weight
+
+
+class WeightNormPrototypes(nn.Module):
+    """K weight-normalised prototypes, a linear map without bias: w_k = g_k v_k / ||v_k||.
+
+    The direction `weight_v` (K, D) and the norm `weight_g` (K, 1) are what a state dict holds, under the keys of
+    `torch.nn.utils.weight_norm`; the effective `weight` is computed at each use, so a used module can be copied,
+    pickled and compiled.
+
+    Args:
+        bottleneck_dim: D.
+        output_dim: K.
+        trainable_norm: False fixes every norm at 1 (`weight_g` requires no gradient).
+    """
+
+    def __init__(self, bottleneck_dim: int, output_dim: int, *, trainable_norm: bool = False) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.empty(output_dim, 1), requires_grad=trainable_norm)
+        self.weight_v = nn.Parameter(torch.empty(output_dim, bottleneck_dim))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the directions as `nn.Linear` does its weight, and set every norm to 1."""
+        nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)
+        self.weight_g.fill_(1.0)
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective prototypes, shape (K, D)."""
+        return weight_norm(self.weight_v, self.weight_g)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Unit vectors (..., D) -> logits (..., K)."""
+        return F.linear(z, self.weight)
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(module)`."""
+        output_dim, bottleneck_dim = self.weight_v.shape
+        return f"{bottleneck_dim=}, {output_dim=}, trainable_norm={self.weight_g.requires_grad}"
+
+
+def cancel_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Set the gradients to None, so that an optimizer passes the parameters by.
+
+    Not to zeros: with those, weight decay and momentum would still move the parameters.
+    """
+    for parameter in parameters:
+        parameter.grad = None

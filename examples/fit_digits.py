@@ -1,0 +1,171 @@
+"""DINO on real images in a few minutes on a CPU: scikit-learn's handwritten digits (1,797 grey images of 8 x 8).
+
+    python examples/fit_digits.py                 # writes to runs/digits
+    python examples/fit_digits.py --resume        # goes on after Ctrl-C
+
+No label is used in training; the labels of 1,400 images vote on the 397 held-out ones (kNN) to show what was learnt.
+"""
+
+import argparse
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning
+import torch
+from augment import digit_views
+from dino_module import DINO
+from evaluate import KNN, TeacherEntropy, extract, knn_accuracy, plot_report
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.loggers import CSVLogger
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import dino_head
+from dino_head import DINOLoss, DINOProjectionHead
+from dino_head.callbacks import FreezeLastLayerCallback, TeacherUpdateCallback
+
+Labelled = tuple[Tensor, Tensor]
+
+
+def digits(size: int = 16) -> tuple[Labelled, Labelled]:
+    """1,400 training and 397 held-out images (N, 1, size, size) in [0, 1] with labels (N,): always the same split."""
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16  # (1797, 1, 8, 8), the original size
+    images = F.interpolate(images, size, mode="bilinear")
+    labels = torch.tensor(data.target)
+    train, test = train_test_split(range(len(labels)), test_size=397, random_state=2, stratify=data.target)
+    return (images[train], labels[train]), (images[test], labels[test])
+
+
+def conv_net() -> nn.Sequential:
+    """Images (B, 1, H, W) of any size from 8 x 8 -> features (B, 128)."""
+    layers: list[nn.Module] = []
+    for width_in, width_out, stride in ((1, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)):
+        layers += [nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width_out)]
+        layers += [nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def build(output_dim: int = 256) -> DINO:
+    """The model: 128 features, a head of width 256 with a bottleneck of 64, K = output_dim prototypes."""
+    return DINO(
+        conv_net(),
+        DINOProjectionHead(128, 256, 64, output_dim, freeze_last_layer=1),
+        DINOLoss(output_dim, warmup_teacher_temp=0.04, teacher_temp=0.04),
+        digit_views(),
+        learning_rate=2e-3,
+        warmup_epochs=5,
+    )
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; a resumed run takes up those that it was started with."""
+    parser = argparse.ArgumentParser(description="Train DINO on scikit-learn's digits, without labels.")
+    parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder of the run (%(default)s)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
+    parser.add_argument("--epochs", type=int, default=60, help="passes over the 1,400 images (%(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images in a step (%(default)s)")
+    parser.add_argument("--prototypes", type=int, default=256, help="width of the head's output (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (%(default)s)")
+    args = parser.parse_args(arguments)
+    for name, least in (("epochs", 1), ("batch_size", 2), ("prototypes", 2), ("seed", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    settings = args.out / "settings.json"
+    if not args.resume:
+        if args.out.exists() and any(args.out.iterdir()):
+            parser.error(f"{args.out} holds a run already: go on with --resume, or choose another folder with --out")
+        args.out.mkdir(parents=True, exist_ok=True)
+        options = {name: value for name, value in vars(args).items() if name not in {"out", "resume"}}
+        settings.write_text(json.dumps(options, indent=2))
+    elif not checkpoints(args.out):
+        parser.error(f"{args.out} holds no checkpoint to resume from: start the run without --resume")
+    else:
+        started = argparse.Namespace(**json.loads(settings.read_text()))
+        args = parser.parse_args(arguments, argparse.Namespace(**vars(started)))
+        for name, value in vars(started).items():
+            if getattr(args, name) != value:
+                parser.error(
+                    f"the run in {args.out} was started with {name}={value}, got {getattr(args, name)}: a resumed run "
+                    "keeps its settings; leave the option out, or start another run with --out"
+                )
+    return args
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    return sorted((out / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+
+
+class SaveInterrupted(Callback):
+    """Writes a checkpoint when training ends by Ctrl-C or an error; not before it has begun to train."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.training = file, False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on there is something to save."""
+        self.training = True
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save, and say how to go on."""
+        if self.training:
+            trainer.save_checkpoint(self.file)
+            print(f"\ninterrupted: {self.file} is written; go on with --resume")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, evaluate, and write summary and report."""
+    args = parse(arguments)
+    seed_everything(args.seed, workers=True, verbose=False)
+    train, test = digits()
+    model = build(args.prototypes)
+    knn_raw = knn_accuracy(*(part for images, labels in digits(size=8) for part in (images.flatten(1), labels)))
+    knn_untrained = knn_accuracy(extract(model, train[0]), train[1], extract(model, test[0]), test[1])
+    freeze, timer = FreezeLastLayerCallback(), Timer()
+    trainer = Trainer(
+        max_epochs=args.epochs,
+        gradient_clip_val=3.0,
+        callbacks=[
+            freeze,
+            TeacherUpdateCallback(base_momentum=0.98),
+            KNN(train, test),
+            TeacherEntropy(),
+            timer,
+            ModelCheckpoint(args.out / "checkpoints", filename="last", enable_version_counter=False),
+            SaveInterrupted(args.out / "checkpoints" / "interrupted.ckpt"),
+        ],
+        logger=CSVLogger(args.out, name="metrics"),
+        log_every_n_steps=1,
+    )
+    loader = DataLoader(TensorDataset(*train), batch_size=args.batch_size, shuffle=True, drop_last=True)
+    trainer.fit(model, loader, ckpt_path=checkpoints(args.out)[-1] if args.resume else None)
+
+    features = extract(model, test[0])
+    summary = {
+        "knn_top1": knn_accuracy(extract(model, train[0]), train[1], features, test[1]),
+        "knn_top1_raw_pixels": knn_raw,
+        "knn_top1_untrained": knn_untrained,
+        "seconds": round(timer.time_elapsed("train"), 1),
+        "seed": args.seed,
+        "freeze": freeze.receipt,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "dino_head": dino_head.__version__,
+        },
+    }
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=2))
+    plot_report(args.out / "report.png", args.out / "metrics", features, test[1], args.prototypes, knn_raw)
+    print(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    main()
