@@ -79,13 +79,15 @@ class Recorder(Callback):
 
 
 class SaveRank(Callback):
-    """Writes each process's weights at the end of training."""
+    """Writes each process's weights and the freezes' receipts at the end of training."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         torch.save(pl_module.state_dict(), self.folder / f"rank{trainer.global_rank}.pt")
+        receipts = [callback.receipt for callback in trainer.callbacks if hasattr(callback, "receipt")]
+        (self.folder / f"rank{trainer.global_rank}.txt").write_text("\n".join(map(str, receipts)))
 
 
 def loader(batches: int = 4, batch_size: int = 4) -> DataLoader[Any]:

@@ -1,0 +1,159 @@
+import copy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from toy import Manual, Toy, loader, trainer
+from torch import nn
+from views import tiny_dino, view_loader
+
+from dino_head import cosine_schedule
+from dino_head.callbacks import FreezeLastLayerCallback, TeacherUpdateCallback
+
+
+class Tracked(Toy):
+    """Averages its student by hand, in float64 and parameter by parameter, after each optimizer step."""
+
+    def on_fit_start(self):
+        self.expected = [p.detach().double() for p in self.student.parameters()]
+        self.updates = 0
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        momentum = cosine_schedule(self.updates, 0.9, 1.0, self.trainer.estimated_stepping_batches)
+        self.updates += 1
+        for average, parameter in zip(self.expected, self.student.parameters(), strict=True):
+            average.mul_(momentum).add_(parameter.detach().double(), alpha=1 - momentum)
+
+
+@pytest.mark.parametrize(("accumulate", "updates"), [(1, 12), (2, 6), (3, 6)])
+def test_the_teacher_is_the_average_of_the_student_after_each_optimizer_step(accumulate, updates):
+    torch.manual_seed(0)
+    module, callback = Tracked(), TeacherUpdateCallback(base_momentum=0.9)
+    trainer(callback, accumulate_grad_batches=accumulate).fit(module, loader())
+    assert callback.steps_taken == module.updates == updates
+    for teacher, expected in zip(module.teacher.parameters(), module.expected, strict=True):
+        torch.testing.assert_close(teacher.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_example_module_has_a_teacher_that_moves_and_a_student_that_learns():
+    torch.manual_seed(0)
+    module = tiny_dino()
+    before = copy.deepcopy(module.state_dict())
+    trainer(FreezeLastLayerCallback(), TeacherUpdateCallback(base_momentum=0.9)).fit(module, view_loader())
+    after = module.state_dict()
+    for side in ("student", "teacher"):
+        assert not torch.equal(after[f"{side}.backbone.0.weight"], before[f"{side}.backbone.0.weight"])
+
+
+def test_a_frozen_layer_stays_bitwise_still_in_the_teacher_too():
+    module = Toy()
+    before = module.teacher["head"].last_layer.weight_v.detach().clone()
+    trainer(FreezeLastLayerCallback(), TeacherUpdateCallback(base_momentum=0.7), max_epochs=2).fit(module, loader())
+    assert torch.equal(module.teacher["head"].last_layer.weight_v, before)
+
+
+def test_a_checkpoint_written_at_the_step_holds_the_updated_teacher(tmp_path):
+    module = Toy()
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    trainer(checkpoint, TeacherUpdateCallback(base_momentum=0.5), max_steps=3, enable_checkpointing=True).fit(
+        module, loader()
+    )
+    saved = torch.load(tmp_path / "step=3.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[key], value) for key, value in module.state_dict().items())
+
+
+def test_resumed_at_the_end_of_an_epoch_equals_uninterrupted(tmp_path):
+    def run(**options):
+        module = Toy()
+        checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1, enable_version_counter=False)
+        callbacks = [FreezeLastLayerCallback(), TeacherUpdateCallback(base_momentum=0.7), checkpoint]
+        torch.manual_seed(0)
+        trainer(*callbacks, enable_checkpointing=True).fit(module, loader(), **options)
+        return module.state_dict()
+
+    torch.manual_seed(0)
+    uninterrupted = run()
+    resumed = run(ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert all(torch.equal(resumed[key], value) for key, value in uninterrupted.items())
+
+
+def test_a_checkpoint_between_the_step_and_the_update_is_caught_up_with(tmp_path):
+    """Ctrl-C may fall between the two. One batch an epoch, so that every step can be resumed from."""
+
+    def run(**options):
+        module = Toy()
+        checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, enable_version_counter=False)
+        callbacks = [TeacherUpdateCallback(base_momentum=0.5), checkpoint]
+        trainer(*callbacks, max_epochs=4, enable_checkpointing=True).fit(module, loader(batches=1), **options)
+        return module.state_dict()
+
+    uninterrupted = run()
+    before, after = (torch.load(tmp_path / f"step={step}.ckpt", weights_only=True) for step in (1, 2))
+    after["state_dict"].update({k: v for k, v in before["state_dict"].items() if k.startswith("teacher.")})
+    key = TeacherUpdateCallback().state_key
+    after["callbacks"][key] = before["callbacks"][key]
+    torch.save(after, tmp_path / "between.ckpt")
+    resumed = run(ckpt_path=tmp_path / "between.ckpt")
+    assert all(torch.equal(resumed[key], value) for key, value in uninterrupted.items())
+
+
+def test_buffers_stay_the_teachers_own():
+    module = Toy(batch_norm=True)
+    module.teacher["head"].layers[1].running_mean.fill_(7.0)
+    trainer(TeacherUpdateCallback(), max_epochs=1).fit(module, loader())
+    assert (module.teacher["head"].layers[1].running_mean == 7.0).all()
+    assert module.student["head"].layers[1].running_mean.abs().max() < 7.0
+
+
+def test_several_pairs():
+    module = Toy()
+    before = module.teacher["backbone"].weight.clone()
+    pairs = (("student.head", "teacher.head"), ("student.backbone", "teacher.backbone"))
+    trainer(TeacherUpdateCallback(pairs, base_momentum=0.5), max_epochs=1).fit(module, loader())
+    assert not torch.equal(module.teacher["backbone"].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda module: None, {"pairs": (("student", "teachr"),)}, r"no submodule 'teachr' in Toy, which has student"),
+        (lambda module: setattr(module, "teacher", module.student), {}, "is one and the same parameter"),
+        (
+            lambda module: module.teacher.update({"backbone": nn.Linear(8, 9)}),
+            {},
+            r"'backbone.(weight|bias)' is .* in the student and .* in the teacher: make the teacher with copy.deepcopy",
+        ),
+        (lambda module: module.teacher.pop("head"), {}, "missing in the teacher"),
+    ],
+)
+def test_a_pair_that_does_not_fit_is_refused(change, options, message):
+    module = Toy()
+    change(module)
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(TeacherUpdateCallback(**options)).fit(module, loader())
+
+
+def test_a_run_without_an_end_is_refused():
+    with pytest.raises(MisconfigurationException, match="set max_epochs or max_steps"):
+        trainer(TeacherUpdateCallback(), max_epochs=-1).fit(Toy(), loader())
+
+
+def test_a_raw_optimizer_whose_steps_cannot_be_seen_is_refused():
+    with pytest.raises(MisconfigurationException, match="TeacherUpdateCallback counts optimizer steps, and saw none"):
+        trainer(TeacherUpdateCallback()).fit(Manual("lightning", "torch"), loader())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_momentum": 1.1}, r"base_momentum must be a number in \[0, 1\], got 1.1"),
+        ({"final_momentum": -0.1}, "final_momentum must be a number"),
+        ({"pairs": ()}, "pairs must hold"),
+        ({"pairs": ("student", "teacher")}, r"pairs must hold \(student, teacher\) names like"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        TeacherUpdateCallback(**options)
