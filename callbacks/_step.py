@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 
 class AfterOptimizerStep(Callback):
@@ -40,8 +40,9 @@ class AfterOptimizerStep(Callback):
         """Refuse a run whose optimizer steps cannot be seen; for the end of an epoch."""
         if trainer.global_step == 0:
             raise MisconfigurationException(
-                f"{type(self).__name__} counts optimizer steps, and saw none in a whole epoch: with manual optimization, "
-                "step the optimizers that self.optimizers() returns; Lightning does not see a raw torch optimizer's steps"
+                f"{type(self).__name__} counts optimizer steps, and saw none in a whole epoch: with manual "
+                "optimization, step the optimizers that self.optimizers() returns; Lightning does not see the steps "
+                "of a raw torch optimizer"
             )
 
     def _count(self, trainer: Trainer, pl_module: LightningModule) -> None:

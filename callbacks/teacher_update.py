@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dino_head._arguments import check_number
+from dino_head.callbacks._find import find_submodule
 from dino_head.callbacks._step import AfterOptimizerStep
 from dino_head.schedules import cosine_schedule
 
@@ -70,8 +71,8 @@ class TeacherUpdateCallback(AfterOptimizerStep):
         self._total_steps = int(total_steps)
         self._students, self._teachers = [], []
         for student_name, teacher_name in self.pairs:
-            student = _named_parameters(pl_module, student_name)
-            teacher = _named_parameters(pl_module, teacher_name)
+            student = dict(find_submodule(pl_module, student_name).named_parameters())
+            teacher = dict(find_submodule(pl_module, teacher_name).named_parameters())
             _check_pair(student_name, student, teacher_name, teacher)
             self._students.extend(student.values())
             self._teachers.extend(teacher.values())
@@ -87,17 +88,6 @@ class TeacherUpdateCallback(AfterOptimizerStep):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a teacher that would never move."""
         self.require_steps(trainer)
-
-
-def _named_parameters(pl_module: LightningModule, name: str) -> dict[str, Tensor]:
-    try:
-        return dict(pl_module.get_submodule(name).named_parameters())
-    except AttributeError:
-        children = ", ".join(child for child, _ in pl_module.named_children())
-        raise MisconfigurationException(
-            f"TeacherUpdateCallback found no submodule {name!r} in {type(pl_module).__name__}, which has {children}: "
-            'name the pair, TeacherUpdateCallback(pairs=(("student", "teacher"),))'
-        ) from None
 
 
 def _check_pair(student_name: str, student: dict[str, Tensor], teacher_name: str, teacher: dict[str, Tensor]) -> None:

@@ -14,8 +14,8 @@ def check_number(name: str, value: object, minimum: float, maximum: float, *, ex
     if (
         isinstance(value, bool)
         or not isinstance(value, Real)
-        or not minimum <= value <= maximum
-        or (exclude_minimum and value == minimum)
+        or not minimum <= float(value) <= maximum
+        or (exclude_minimum and float(value) == minimum)
     ):
         interval = f"{'(' if exclude_minimum else '['}{minimum}, {maximum}]"
         raise ValueError(f"{name} must be a number in {interval}, got {value!r}")

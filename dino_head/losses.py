@@ -23,7 +23,8 @@ class DINOLoss(nn.Module):
         c <- m c + (1 - m) mean of the teacher's logits
 
     In training each call moves the center `c` after the loss is computed, by the mean over the samples of all
-    processes; in evaluation mode it stays. The center is float32 whatever the model's precision, and part of the state dict.
+    processes; in evaluation mode it stays. The center is float32 whatever the model's precision, and part of the
+    state dict.
 
     Args:
         output_dim: K.
@@ -118,7 +119,7 @@ class DINOLoss(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DINOLoss":
         # `.half()` and friends move the center with the module but leave it float32.
         center = self.center
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.center.dtype != torch.float32:
             self.center = center.to(self.center.device)
         return self

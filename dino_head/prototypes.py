@@ -3,7 +3,7 @@
 Sizes: D bottleneck width, K prototypes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -40,11 +40,11 @@ def weight_norm(weight_v: Tensor, weight_g: Tensor) -> Tensor:
     w_k = g_k v_k / ||v_k||, Salimans and Kingma 2016 (arXiv:1602.07868), equation 2.
     """
     # The fused kernel is private, so it may go away; the formula behind it gives the same figures, slower.
-    kernel = getattr(torch, "_weight_norm", None)
+    kernel: Callable[[Tensor, Tensor, int], Tensor] | None = getattr(torch, "_weight_norm", None)
     if kernel is None:
-        return weight_v * (weight_g / weight_v.norm(dim=1, keepdim=True))
-    weight: Tensor = kernel(weight_v, weight_g, 0)
-    return weight
+        norms: Tensor = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True)
+        return weight_v * (weight_g / norms)
+    return kernel(weight_v, weight_g, 0)
 
 
 class WeightNormPrototypes(nn.Module):

@@ -64,6 +64,7 @@ class DINO(LightningModule):
         return self.augment(self.images(batch)) if self.trainer.training else batch
 
     def training_step(self, views: list[Tensor], batch_idx: int) -> Tensor:
+        """The student predicts the teacher: V views (B, C, H, W) -> the loss, a scalar."""
         student = self.student["head"](multicrop_forward(self.student["backbone"], views))  # (V, B, D) -> (V, B, K)
         with torch.no_grad():
             global_views = views[: self.global_views]
@@ -78,10 +79,11 @@ class DINO(LightningModule):
         return features
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with weight decay on matrices only; warm-up, then a cosine, by optimizer steps."""
         trained = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
         matrices = [p for name, p in trained if p.ndim > 1 and not name.endswith("weight_g")]
         others = [p for name, p in trained if p.ndim <= 1 or name.endswith("weight_g")]
-        groups = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_epochs * math.ceil(

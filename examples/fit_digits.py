@@ -126,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seed_everything(args.seed, workers=True, verbose=False)
     train, test = digits()
     model = build(args.prototypes)
-    knn_raw = knn_accuracy(*(part for images, labels in digits(size=8) for part in (images.flatten(1), labels)))
+    (raw_train, raw_labels), (raw_test, raw_test_labels) = digits(size=8)
+    knn_raw = knn_accuracy(raw_train.flatten(1), raw_labels, raw_test.flatten(1), raw_test_labels)
     knn_untrained = knn_accuracy(extract(model, train[0]), train[1], extract(model, test[0]), test[1])
     freeze, timer = FreezeLastLayerCallback(), Timer()
     trainer = Trainer(

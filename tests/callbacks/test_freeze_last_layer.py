@@ -225,7 +225,8 @@ def test_manual_backward_with_a_raw_optimizer_holds_for_epochs_and_stops_for_ste
 
 
 @pytest.mark.parametrize(
-    ("saved", "limit"), [({"every_n_epochs": 1}, {}), ({"every_n_train_steps": 2}, {}), ({"every_n_epochs": 1}, {"steps": 6})]
+    ("saved", "limit"),
+    [({"every_n_epochs": 1}, {}), ({"every_n_train_steps": 2}, {}), ({"every_n_epochs": 1}, {"steps": 6})],
 )
 def test_resumed_inside_the_freeze(tmp_path, saved, limit):
     """Stopped after 5 (mid-epoch) or 4 (epoch end) batches; the resumed run stays frozen and says all steps."""
@@ -372,7 +373,9 @@ def test_no_head_is_refused():
     module = Toy()
     module.student["head"] = nn.Linear(8, 16)
     module.teacher = None
-    with pytest.raises(MisconfigurationException, match="found no DINOProjectionHead in Toy: make the head an attribute"):
+    with pytest.raises(
+        MisconfigurationException, match="found no DINOProjectionHead in Toy: make the head an attribute"
+    ):
         trainer(FreezeLastLayerCallback(1)).fit(module, loader())
 
 
@@ -380,7 +383,9 @@ def test_a_hidden_last_layer_is_refused():
     """What FSDP with flat parameters leaves: a last layer without parameters."""
     module = Toy()
     module.student["head"].last_layer.requires_grad_(False)
-    with pytest.raises(MisconfigurationException, match=r"student.head.last_layer.* no trainable .* use_orig_params=True"):
+    with pytest.raises(
+        MisconfigurationException, match=r"student.head.last_layer.* no trainable .* use_orig_params=True"
+    ):
         fit(module, FreezeLastLayerCallback())
 
 
@@ -411,14 +416,14 @@ def test_deepspeed_is_refused_by_name():
 
 def test_a_static_graph_under_manual_optimization_is_refused():
     strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", static_graph=True)
-    with pytest.raises(Exception, match="static_graph=True under manual optimization"):
+    with pytest.raises(Exception, match="static_graph=True under manual"):
         trainer(FreezeLastLayerCallback(), strategy=strategy, devices=2).fit(Manual("lightning"), loader())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"freeze_last_layer": 1, "steps": 5}, "set one limit, got freeze_last_layer=1 .* and steps=5"),
+        ({"freeze_last_layer": 1, "steps": 5}, r"set one limit, got freeze_last_layer=1 .* and steps=5"),
         ({"freeze_last_layer": -2}, "freeze_last_layer must be an integer >= -1"),
         ({"steps": 1.5}, "steps must be an integer >= 0"),
     ],

@@ -4,8 +4,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from toy import Manual, Toy, loader, trainer
 from torch import nn
+from toy import Manual, Toy, loader, trainer
 from views import tiny_dino, view_loader
 
 from dino_head import cosine_schedule

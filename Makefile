@@ -1,0 +1,23 @@
+# fit: DINO on real images in a few minutes.  test: lint, types and tests.  bench: what the parts cost.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: fit test bench
+fit: $(VENV)/installed
+	$(BIN)/python examples/fit_digits.py $(ARGS)
+
+test: $(VENV)/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/callbacks.py
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@
