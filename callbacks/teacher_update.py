@@ -1,6 +1,6 @@
 """The teacher as an exponential moving average of the student."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -90,7 +90,7 @@ class TeacherUpdateCallback(AfterOptimizerStep):
         self.require_steps(trainer)
 
 
-def _check_pair(student_name: str, student: dict[str, Tensor], teacher_name: str, teacher: dict[str, Tensor]) -> None:
+def _check_pair(student_name: str, student: Mapping[str, Tensor], teacher_name: str, teacher: Mapping[str, Tensor]) -> None:
     for name in student.keys() | teacher.keys():
         ours, theirs = student.get(name), teacher.get(name)
         if ours is None or theirs is None or ours.shape != theirs.shape:

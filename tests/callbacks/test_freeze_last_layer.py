@@ -410,7 +410,7 @@ def test_deepspeed_is_refused_by_name():
     class DeepSpeedStrategy(SingleDeviceStrategy):
         pass
 
-    with pytest.raises(MisconfigurationException, match="DeepSpeedStrategy keeps gradients outside of parameter.grad"):
+    with pytest.raises(MisconfigurationException, match="DeepSpeedStrategy keeps gradients outside"):
         fit(Toy(), FreezeLastLayerCallback(), strategy=DeepSpeedStrategy())
 
 
@@ -423,7 +423,7 @@ def test_a_static_graph_under_manual_optimization_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"freeze_last_layer": 1, "steps": 5}, r"set one limit, got freeze_last_layer=1 .* and steps=5"),
+        ({"freeze_last_layer": 1, "steps": 5}, rr"set one limit, got freeze_last_layer=1 .* and steps=5"),
         ({"freeze_last_layer": -2}, "freeze_last_layer must be an integer >= -1"),
         ({"steps": 1.5}, "steps must be an integer >= 0"),
     ],

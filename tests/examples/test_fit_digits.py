@@ -1,0 +1,136 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from augment import digit_views
+from evaluate import extract, knn_accuracy, read_metrics
+from fit_digits import build, digits, main, parse
+from matplotlib import image
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "fit_digits.py"
+TINY = ["--epochs", "2", "--batch-size", "256", "--prototypes", "16"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    main([*TINY, "--out", str(out)])
+    return out
+
+
+def test_the_split_is_fixed_and_apart():
+    (train, train_labels), (test, test_labels) = digits(size=8)
+    assert (train.shape, test.shape) == ((1400, 1, 8, 8), (397, 1, 8, 8))
+    assert (train.min(), train.max()) == (0, 1)
+    assert torch.equal(digits(size=8)[1][0], test)
+    assert torch.bincount(torch.cat([train_labels, test_labels])).min() >= 174  # all 1,797 of ten digits
+    assert not (train.flatten(1)[:, None] == test.flatten(1)[None]).all(dim=2).any()
+
+
+def test_the_run_writes_what_the_readme_says(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary) == {
+        "knn_top1", "knn_top1_raw_pixels", "knn_top1_untrained", "seconds", "seed", "freeze", "versions",
+    }  # fmt: skip
+    assert summary["knn_top1_raw_pixels"] == pytest.approx(0.982, abs=5e-4)
+    assert 0.5 < summary["knn_top1"] <= 1
+    assert summary["freeze"].startswith("student.head.last_layer frozen for 5 optimizer steps, bitwise unchanged")
+    assert image.imread(run / "report.png").shape[0] > 500
+    assert {file.name for file in run.iterdir()} == {
+        "checkpoints", "metrics", "report.png", "settings.json", "summary.json",
+    }  # fmt: skip
+    metrics = read_metrics(run / "metrics")
+    assert [epoch for epoch, _ in metrics["loss"]] == [0, 1]
+    assert all(0 <= value <= math.log(16) for _, value in metrics["teacher_entropy"])
+    assert metrics["knn_top1"] == [(1, pytest.approx(summary["knn_top1"]))]
+
+
+def test_a_run_is_never_overwritten(run, capsys):
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit):
+        main([*TINY, "--out", str(run)])
+    assert "holds a run already: go on with --resume, or choose another folder" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+def test_a_resumed_run_keeps_its_settings(run, capsys):
+    assert parse(["--resume", "--out", str(run)]).prototypes == 16
+    with pytest.raises(SystemExit):
+        parse(["--resume", "--out", str(run), "--epochs", "9"])
+    assert "was started with epochs=2, got 9" in capsys.readouterr().err
+
+
+def test_nothing_to_resume_from(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse(["--resume", "--out", str(tmp_path)])
+    assert "no checkpoint to resume from: start the run without --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--epochs", "0"], ["--batch-size", "1"], ["--seed", "-1"]])
+def test_options_out_of_range(option, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        parse([*option, "--out", str(tmp_path / "run")])
+    assert "must be at least" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(tmp_path):
+    out = tmp_path / "digits"
+    command = [sys.executable, str(SCRIPT), "--out", str(out), "--epochs", "4", "--batch-size", "256"]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 120
+        while not (out / "checkpoints" / "last.ckpt").exists():  # the end of the first epoch
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) != 0
+    assert "interrupted.ckpt is written; go on with --resume" in (tmp_path / "log").read_text()
+    assert not (out / "summary.json").exists()
+    step = torch.load(out / "checkpoints" / "interrupted.ckpt", weights_only=True)["global_step"]
+    assert 5 <= step < 20
+    with pytest.warns(UserWarning):
+        main(["--resume", "--out", str(out)])
+    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 3
+    assert [epoch for epoch, _ in read_metrics(out / "metrics")["loss"]] == [0, 1, 2, 3]
+    assert "frozen for 5 optimizer steps" in json.loads((out / "summary.json").read_text())["freeze"]
+
+
+def test_knn_equals_scikit_learn():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (300,), generator=generator)
+    features = nn.functional.one_hot(labels, 3) + torch.randn(300, 3, generator=generator)
+    ours = knn_accuracy(features[:200], labels[:200], features[200:], labels[200:], k=9)
+    theirs = KNeighborsClassifier(9, metric="cosine").fit(features[:200].numpy(), labels[:200].numpy())
+    assert ours == pytest.approx(theirs.score(features[200:].numpy(), labels[200:].numpy()))
+
+
+def test_extraction_leaves_modes_and_buffers_alone():
+    module = build(16)
+    module.train()
+    module.student["head"].eval()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    assert extract(module, digits()[1][0]).shape == (397, 128)
+    assert module.training
+    assert module.teacher["backbone"].training
+    assert not module.student["head"].training
+    assert all(torch.equal(module.state_dict()[key], value) for key, value in before.items())
+
+
+def test_views_have_their_sizes_and_differ_from_sample_to_sample():
+    torch.manual_seed(0)
+    images = digits()[0][0][:1].expand(6, 1, 16, 16)
+    views = digit_views()(images)
+    assert [tuple(view.shape) for view in views] == [(6, 1, 16, 16)] * 2 + [(6, 1, 8, 8)] * 4
+    assert len({view.numpy().tobytes() for view in torch.cat([v.flatten(1) for v in views[:2]])}) == 12
+    assert np.corrcoef(views[0][0].flatten(), views[1][0].flatten())[0, 1] < 0.99
