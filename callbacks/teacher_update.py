@@ -30,7 +30,7 @@ class TeacherUpdateCallback(AfterOptimizerStep):
     Raises:
         ValueError: a momentum outside [0, 1], or no pair.
         MisconfigurationException: when training starts: a name that is not there, a pair whose parameters differ in
-            name or shape, one object as both, a run without an end.
+            name or shape, one object as both, a teacher in bf16 or fp16, a run without an end.
     """
 
     def __init__(
@@ -56,17 +56,13 @@ class TeacherUpdateCallback(AfterOptimizerStep):
         """Made of the pairs, so that several of them get along in one Trainer."""
         return self._generate_state_key(pairs=self.pairs)
 
-    def momentum(self) -> float:
-        """The momentum of the next update."""
-        return cosine_schedule(self.steps_taken, self.base_momentum, self.final_momentum, self._total_steps)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the pairs and the length of the run."""
         total_steps = trainer.estimated_stepping_batches
         if total_steps == float("inf"):
             raise MisconfigurationException(
                 "the teacher's momentum follows a cosine over the whole run, and this run has no end: set max_epochs "
-                "or max_steps in the Trainer (for a constant momentum set both to it)"
+                "or max_steps in the Trainer"
             )
         self._total_steps = int(total_steps)
         self._students, self._teachers = [], []
@@ -90,7 +86,9 @@ class TeacherUpdateCallback(AfterOptimizerStep):
         self.require_steps(trainer)
 
 
-def _check_pair(student_name: str, student: Mapping[str, Tensor], teacher_name: str, teacher: Mapping[str, Tensor]) -> None:
+def _check_pair(
+    student_name: str, student: Mapping[str, Tensor], teacher_name: str, teacher: Mapping[str, Tensor]
+) -> None:
     for name in student.keys() | teacher.keys():
         ours, theirs = student.get(name), teacher.get(name)
         if ours is None or theirs is None or ours.shape != theirs.shape:
@@ -99,6 +97,11 @@ def _check_pair(student_name: str, student: Mapping[str, Tensor], teacher_name: 
                 f"{'missing' if ours is None else tuple(ours.shape)} in the student and "
                 f"{'missing' if theirs is None else tuple(theirs.shape)} in the teacher: make the teacher with "
                 "copy.deepcopy(student)"
+            )
+        if theirs.dtype in (torch.bfloat16, torch.float16):
+            raise MisconfigurationException(
+                f"{name!r} of {teacher_name!r} is {theirs.dtype}, in which steps of 1 - momentum are rounded away and "
+                "the teacher would not move: keep the parameters in float32, with precision='bf16-mixed' or '16-mixed'"
             )
         if ours is theirs:
             raise MisconfigurationException(

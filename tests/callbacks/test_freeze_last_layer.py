@@ -12,6 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.multiprocessing import ProcessRaisedException
 from toy import Manual, Recorder, SaveRank, Toy, adamw, loader, trainer
 from views import tiny_dino, view_loader
 
@@ -416,14 +417,14 @@ def test_deepspeed_is_refused_by_name():
 
 def test_a_static_graph_under_manual_optimization_is_refused():
     strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", static_graph=True)
-    with pytest.raises(Exception, match="static_graph=True under manual"):
+    with pytest.raises(ProcessRaisedException, match="static_graph=True under manual"):
         trainer(FreezeLastLayerCallback(), strategy=strategy, devices=2).fit(Manual("lightning"), loader())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"freeze_last_layer": 1, "steps": 5}, rr"set one limit, got freeze_last_layer=1 .* and steps=5"),
+        ({"freeze_last_layer": 1, "steps": 5}, r"set one limit, got freeze_last_layer=1 .* and steps=5"),
         ({"freeze_last_layer": -2}, "freeze_last_layer must be an integer >= -1"),
         ({"steps": 1.5}, "steps must be an integer >= 0"),
     ],

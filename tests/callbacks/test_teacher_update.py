@@ -118,7 +118,11 @@ def test_several_pairs():
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda module: None, {"pairs": (("student", "teachr"),)}, r"Toy has no submodule 'teachr' .* it has student, teacher"),
+        (
+            lambda module: None,
+            {"pairs": (("student", "teachr"),)},
+            r"Toy has no submodule 'teachr' .* it has student, teacher",
+        ),
         (lambda module: setattr(module, "teacher", module.student), {}, "is one and the same parameter"),
         (
             lambda module: module.teacher.update({"backbone": nn.Linear(8, 9)}),
@@ -133,6 +137,11 @@ def test_a_pair_that_does_not_fit_is_refused(change, options, message):
     change(module)
     with pytest.raises(MisconfigurationException, match=message):
         trainer(TeacherUpdateCallback(**options)).fit(module, loader())
+
+
+def test_a_teacher_in_low_precision_is_refused():
+    with pytest.raises(MisconfigurationException, match=r"is torch.bfloat16, .* keep the parameters in float32"):
+        trainer(TeacherUpdateCallback(), precision="bf16-true").fit(Toy(), loader())
 
 
 def test_a_run_without_an_end_is_refused():

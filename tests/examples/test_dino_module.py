@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 from dino_module import DINO
-from toy import trainer
 from torch import nn
 from torch.utils.data import DataLoader
+from toy import trainer
 from views import crops, tiny_dino, view_loader
 
 from dino_head import dino_loss
