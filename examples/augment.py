@@ -44,8 +44,8 @@ def digit_views(global_size: int = 16, local_size: int = 8) -> MultiCrop:
             K.RandomRotation(degrees=math.degrees(0.4), p=1.0),
             K.RandomResizedCrop((size, size), scale=scale, ratio=(3 / 4, 4 / 3), cropping_mode="resample"),
             K.RandomContrast(contrast=(0.6, 1.4), clip_output=False, p=1.0),  # gain
-            K.RandomBrightness(brightness=(0.7, 1.3), clip_output=False, p=1.0),  # offset of up to 0.3
-            K.RandomGaussianNoise(std=0.2, p=1.0),
+            K.RandomBrightness(brightness=(0.9, 1.1), clip_output=False, p=1.0),  # offset of up to 0.1
+            K.RandomGaussianNoise(std=0.05, p=1.0),
         )
 
-    return MultiCrop(view(global_size, (0.5, 1.0)), view(local_size, (0.3, 0.7)), global_views=2, local_views=4)
+    return MultiCrop(view(global_size, (0.6, 1.0)), view(local_size, (0.3, 0.7)), global_views=2, local_views=4)

@@ -46,20 +46,20 @@ def digits(size: int = 16) -> tuple[Labelled, Labelled]:
 def conv_net() -> nn.Sequential:
     """Images (B, 1, H, W) of any size from 8 x 8 -> features (B, 128)."""
     layers: list[nn.Module] = []
-    for width_in, width_out, stride in ((1, 32, 1), (32, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)):
+    for width_in, width_out, stride in ((1, 32, 1), (32, 32, 2), (32, 64, 1), (64, 64, 2), (64, 128, 1)):
         layers += [nn.Conv2d(width_in, width_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width_out)]
         layers += [nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def build(output_dim: int = 256) -> DINO:
+def build(output_dim: int = 512) -> DINO:
     """The model: 128 features, a head of width 256 with a bottleneck of 64, K = output_dim prototypes."""
     return DINO(
         conv_net(),
         DINOProjectionHead(128, 256, 64, output_dim, freeze_last_layer=1),
         DINOLoss(output_dim, warmup_teacher_temp=0.04, teacher_temp=0.04),
         digit_views(),
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         warmup_epochs=5,
     )
 
@@ -71,7 +71,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
     parser.add_argument("--epochs", type=int, default=60, help="passes over the 1,400 images (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="images in a step (%(default)s)")
-    parser.add_argument("--prototypes", type=int, default=256, help="width of the head's output (%(default)s)")
+    parser.add_argument("--prototypes", type=int, default=512, help="width of the head's output (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (%(default)s)")
     args = parser.parse_args(arguments)
     for name, least in (("epochs", 1), ("batch_size", 2), ("prototypes", 2), ("seed", 0)):
