@@ -14,8 +14,8 @@ from dino_head.head import DINOProjectionHead
 class Record:
     """What was seen of one freeze; saved in the checkpoint."""
 
-    steps: int = 0  # optimizer steps taken while frozen
-    cancelled: bool = False  # whether a gradient was ever cancelled
+    since: int  # global step at which it began
+    cancelled: bool = False  # whether there was ever a gradient to cancel
     compared_at: int = 0  # global step of the last comparison of values
     receipt: str | None = None
 
@@ -27,8 +27,9 @@ class Target:
     name: str
     head: DINOProjectionHead | None  # where the limit is the head's own
     parameters: list[nn.Parameter]  # the trainable ones
-    record: Record = field(default_factory=Record)
-    before: dict[str, Tensor] = field(default_factory=dict)  # this process's values when the freeze was taken up
+    record: Record = field(default_factory=lambda: Record(since=0))
+    before: dict[str, Tensor] = field(default_factory=dict)  # this process's values when this fit took up the freeze
+    taken_up_at: int = 0  # global step of those values
     steps_of_this_fit: int = 0
 
     def has_gradient(self) -> bool:
@@ -53,6 +54,7 @@ def find_targets(pl_module: LightningModule, module: str | None, has_limit: bool
     heads = [(name, found) for name, found in pl_module.named_modules() if isinstance(found, DINOProjectionHead)]
     if module is not None:
         chosen = find_submodule(pl_module, module)
+        chosen = getattr(chosen, "_orig_mod", chosen)  # of torch.compile
         if not isinstance(chosen, DINOProjectionHead):
             if not has_limit:
                 raise MisconfigurationException(
@@ -119,7 +121,8 @@ def check_trainer(trainer: Trainer, targets: Sequence[Target]) -> None:
         name = next(name for key, name in frozen.items() if not any(key in keys for keys in optimized))
         raise MisconfigurationException(
             f"a parameter of {name} is in no optimizer, so that it would never train, also after the freeze: pass all "
-            "of the student's parameters to the optimizer in configure_optimizers"
+            "of the student's parameters to the optimizer in configure_optimizers, and let a teacher require no "
+            "gradient, teacher.requires_grad_(False)"
         )
     has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
     if has_scaler and any(keys <= frozen.keys() for keys in optimized):

@@ -39,8 +39,8 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         freeze_last_layer: epochs to freeze; None: each head's own number; -1 and 0 freeze nothing.
         steps: optimizer steps to freeze, as `trainer.global_step` counts them (with several optimizers under manual
             optimization each one's count). At most one of the two limits.
-        module: name of one submodule of the LightningModule. Of a `DINOProjectionHead` the last layer is frozen, any
-            other module is frozen whole.
+        module: name of one submodule of the LightningModule. Of a `DINOProjectionHead` the last layer is frozen, of
+            any other module all parameters (buffers, such as running statistics, go on).
 
     Raises:
         ValueError: both limits, or one out of range.
@@ -62,16 +62,19 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             check_integer("freeze_last_layer", freeze_last_layer, -1, " (epochs; -1 and 0 freeze nothing)")
         if steps is not None:
             check_integer("steps", steps, 0, " (optimizer steps)")
+        if module == "":
+            raise ValueError("module must name a submodule, got '': leave it out to freeze the heads' last layers")
         self.freeze_last_layer = freeze_last_layer
         self.steps = steps
         self.module = module
-        self._frozen: list[Target] = []
+        self._targets: list[Target] = []
+        self._frozen: list[Target] = []  # those whose freeze has not ended
         self._records: dict[str, Record] = {}
         self._warned = False
 
     @property
     def receipt(self) -> str | None:
-        """What was frozen, for how long and how it was proved, once a freeze has ended; before that None."""
+        """What was frozen, for how long and how it was proved, once a freeze or the run has ended; before that None."""
         lines = [record.receipt for record in self._records.values() if record.receipt is not None]
         return "; ".join(lines) if lines else None
 
@@ -100,13 +103,15 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         if trainer.global_step == 0:
             self._records = {}
         has_limit = self.freeze_last_layer is not None or self.steps is not None
+        self._targets = find_targets(pl_module, self.module, has_limit)
         self._frozen = []
-        for target in find_targets(pl_module, self.module, has_limit):
-            target.record = self._records.setdefault(target.name, Record())
+        for target in self._targets:
+            target.record = self._records.setdefault(target.name, Record(since=trainer.global_step))
+            target.taken_up_at = trainer.global_step
             if self._is_frozen(target, trainer):
                 target.before = {name: value.clone() for name, value in _values(pl_module, target.name).items()}
                 self._frozen.append(target)
-            elif target.record.steps > 0 and target.record.receipt is None:
+            elif target.record.cancelled and target.record.receipt is None:
                 self._write_receipt(trainer, target)  # resumed from a checkpoint of the freeze's very end
         if self._frozen:
             check_trainer(trainer, self._frozen)
@@ -114,12 +119,16 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cancel. The limit is read at each call: `trainer.current_epoch` is right here also after a resume."""
+        self._note_gradients()
         for target in self._frozen:
             if self._is_frozen(target, trainer):
                 self._cancel(target, trainer)
+        if self.steps is not None:
+            self._release(trainer, pl_module)  # under manual optimization the limit may fall inside a batch
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Cancel what a backward without `on_after_backward` left."""
+        self._note_gradients()
         for target in self._frozen:
             if target.has_gradient() and self._is_frozen(target, trainer):
                 self._cancel(target, trainer)
@@ -133,17 +142,16 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the step, compare after the first two, and end a freeze that is limited in steps."""
         for target in self._frozen:
-            target.record.steps += 1
             target.steps_of_this_fit += 1
             if target.steps_of_this_fit <= 2:
                 self._compare(trainer, pl_module, target)
         self._release(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare, and end a freeze whose last epoch this was."""
+        """Compare, and end a freeze whose last epoch this was (and was not cut short, by max_steps for instance)."""
         for target in self._frozen:
             self._compare(trainer, pl_module, target)
-        self._release(trainer, pl_module, epochs_ahead=1)
+        self._release(trainer, pl_module, epochs_ahead=int(trainer.is_last_batch))
         if self.steps:
             self.require_steps(trainer)
 
@@ -152,6 +160,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         for target in self._frozen:
             self._compare(trainer, pl_module, target)
             self._check_cancelled(trainer, target)
+            self._write_receipt(trainer, target, "still frozen when the run ended")
         self._frozen = []
 
     # What the hooks are made of.
@@ -162,9 +171,13 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         limit = self.freeze_last_layer if target.head is None else target.head.freeze_last_layer
         return limit is not None and trainer.current_epoch + epochs_ahead < limit
 
+    def _note_gradients(self) -> None:
+        # All before any is cancelled: two heads may share a layer.
+        for target in self._frozen:
+            if not target.record.cancelled:
+                target.record.cancelled = target.has_gradient()
+
     def _cancel(self, target: Target, trainer: Trainer) -> None:
-        if not target.record.cancelled:
-            target.record.cancelled = target.has_gradient()
         if target.head is None:
             cancel_gradients(target.parameters)
         else:
@@ -195,20 +208,32 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             self._write_receipt(trainer, target)
 
     def _check_cancelled(self, trainer: Trainer, target: Target) -> None:
-        # A process's shard may be empty, so one process that cancelled is enough.
-        cancelled = trainer.strategy.reduce_boolean_decision(target.record.cancelled, all=False)
-        if target.record.steps > 0 and not cancelled:
+        # Another instance may have cancelled first, and a process's shard may be empty: one of them is enough.
+        mine = {id(parameter) for parameter in target.parameters}
+        cancelled = any(
+            other.record.cancelled and not mine.isdisjoint(map(id, other.parameters))
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, FreezeLastLayerCallback)
+            for other in callback._targets
+        )
+        cancelled = trainer.strategy.reduce_boolean_decision(cancelled, all=False)
+        steps = trainer.global_step - target.record.since
+        if not cancelled and (steps > 0 or trainer.global_step == 0):  # 0: a raw optimizer, whose steps are not seen
             raise MisconfigurationException(
-                f"{target.name} was frozen for {target.record.steps} optimizer steps, but never had a gradient to "
+                f"{target.name} was frozen for {steps} optimizer steps, but never had a gradient to "
                 "cancel: it is not part of the loss, or was detached or set to requires_grad=False after training "
                 "started. Use it in the loss, or take the callback away"
             )
 
-    def _write_receipt(self, trainer: Trainer, target: Target) -> None:
+    def _write_receipt(self, trainer: Trainer, target: Target, end: str = "released") -> None:
         record, ranks = target.record, trainer.world_size
+        steps = f"{trainer.global_step - record.since} optimizer steps" if trainer.global_step else "unseen steps"
+        # The proof begins anew with the weights that a checkpoint brings, and the receipt claims no more.
+        resumed_inside = target.before and target.taken_up_at > record.since
+        resumed = f" (since step {target.taken_up_at}, where the run was resumed)" if resumed_inside else ""
         record.receipt = (
-            f"{target.name} frozen for {record.steps} optimizer steps, bitwise unchanged on {ranks} of {ranks} ranks "
-            f"at step {record.compared_at}, released at step {trainer.global_step}"
+            f"{target.name} frozen for {steps}, bitwise unchanged on {ranks} of {ranks} ranks at step "
+            f"{record.compared_at}{resumed}, {end} at step {trainer.global_step}"
         )
         rank_zero_info(record.receipt)
 

@@ -59,10 +59,11 @@ class TeacherUpdateCallback(AfterOptimizerStep):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the pairs and the length of the run."""
         total_steps = trainer.estimated_stepping_batches
-        if total_steps == float("inf"):
+        if not 0 < total_steps < float("inf"):  # negative for data without a length
             raise MisconfigurationException(
-                "the teacher's momentum follows a cosine over the whole run, and this run has no end: set max_epochs "
-                "or max_steps in the Trainer"
+                "the teacher's momentum follows a cosine over the whole run, and the length of this run is not known: "
+                "set max_epochs or max_steps in the Trainer, and for data without a length max_steps or "
+                "limit_train_batches"
             )
         self._total_steps = int(total_steps)
         self._students, self._teachers = [], []
@@ -102,6 +103,11 @@ def _check_pair(
             raise MisconfigurationException(
                 f"{name!r} of {teacher_name!r} is {theirs.dtype}, in which steps of 1 - momentum are rounded away and "
                 "the teacher would not move: keep the parameters in float32, with precision='bf16-mixed' or '16-mixed'"
+            )
+        if ours.dtype != theirs.dtype:
+            raise MisconfigurationException(
+                f"{name!r} is {ours.dtype} in {student_name!r} and {theirs.dtype} in {teacher_name!r}: make the "
+                "teacher with copy.deepcopy(student)"
             )
         if ours is theirs:
             raise MisconfigurationException(

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dino_head._arguments import check_number
+
 
 def dino_loss(
     teacher_logits: Tensor,
@@ -34,12 +36,14 @@ def dino_loss(
         The loss in nats, a scalar.
 
     Raises:
-        ValueError: shapes that do not fit, or no pair of different views.
+        ValueError: shapes that do not fit, no sample, no pair of different views, or a temperature <= 0.
 
     >>> dino_loss(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16))  # uniform on both sides: ln 16
     tensor(2.7726)
     """
     _check_views(teacher_logits, student_logits)
+    check_number("teacher_temp", teacher_temp, 0, float("inf"), exclude_minimum=True)
+    check_number("student_temp", student_temp, 0, float("inf"), exclude_minimum=True)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     targets = F.softmax((teacher_logits.detach().to(dtype) - center) / teacher_temp, dim=-1)
     log_q = F.log_softmax(student_logits.to(dtype) / student_temp, dim=-1)
@@ -54,6 +58,8 @@ def _check_views(teacher: Tensor, student: Tensor) -> None:
         raise ValueError(f"the loss expects teacher (T, B, K) and student (S, B, K), {given}: stack the views first")
     if teacher.shape[1:] != student.shape[1:]:
         raise ValueError(f"teacher and student must have the same B and K, {given}")
+    if teacher.shape[1] == 0:
+        raise ValueError(f"the loss needs at least one sample, {given}: leave empty batches out")
     if not 1 <= len(teacher) <= len(student):
         raise ValueError(
             f"the student must see the teacher's views first and at least as many of them, {given}: "

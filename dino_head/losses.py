@@ -88,8 +88,6 @@ class DINOLoss(nn.Module):
         """
         if teacher_temp is None:
             teacher_temp = self.temperature(epoch)
-        else:
-            check_number("teacher_temp", teacher_temp, 0, float("inf"), exclude_minimum=True)
         if teacher_out.shape[-1:] != self.center.shape[-1:]:
             raise ValueError(
                 f"the loss was made for {self.output_dim} prototypes (output_dim), got teacher logits of shape "
@@ -127,6 +125,6 @@ class DINOLoss(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Other libraries keep the center as (K,) or (1, K).
         center = state_dict.get(prefix + "center")
-        if center is not None and center.numel() == center.shape[-1]:
-            state_dict[prefix + "center"] = center.reshape(1, 1, -1)
+        if center is not None and center.numel() == self.output_dim:
+            state_dict[prefix + "center"] = center.float().reshape(1, 1, -1)
         super()._load_from_state_dict(state_dict, prefix, *args)

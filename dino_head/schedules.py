@@ -2,6 +2,8 @@
 
 import math
 
+from dino_head._arguments import check_integer
+
 
 def cosine_schedule(
     step: int,
@@ -50,6 +52,8 @@ def teacher_temperature(epoch: int | None, warmup_start: float, final: float, wa
     >>> [round(teacher_temperature(epoch, 0.04, 0.07, 4), 4) for epoch in (0, 1, 2, 3, 4, None)]
     [0.04, 0.05, 0.06, 0.07, 0.07, 0.07]
     """
+    if epoch is not None:
+        check_integer("epoch", epoch, 0)
     if epoch is None or epoch >= warmup_epochs:
         return float(final)
     return warmup_start + (final - warmup_start) * epoch / max(warmup_epochs - 1, 1)

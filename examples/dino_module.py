@@ -1,6 +1,6 @@
 """DINO as a LightningModule, to be read as the method (Caron et al. 2021, arXiv:2104.14294, algorithm 1).
 
-What DINO does around the step are callbacks: `FreezeLastLayerCallback` and `TeacherUpdateCallback` belong into the
+What DINO does around the step are callbacks: `FreezeLastLayerCallback` and `TeacherUpdateCallback` belong in the
 Trainer.
 
 Sizes: B samples, V views of which the first T are global, D features, K prototypes.

@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from torch import Tensor
@@ -113,6 +114,7 @@ def _plot_curve(axis: Axes, values: list[tuple[int, float]], reference: float, m
     axis.plot([epoch + 1 for epoch in epochs], heights, marker="." if len(epochs) < 20 else None)
     axis.axhline(reference, color="tab:gray", linestyle="--")
     axis.text(0.98, reference, meaning, va="bottom", ha="right", transform=axis.get_yaxis_transform(), color="dimgray")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set(xlabel="epochs")
 
 

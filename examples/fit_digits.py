@@ -79,7 +79,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     settings = args.out / "settings.json"
     if not args.resume:
-        if args.out.exists() and any(args.out.iterdir()):
+        started_too_early = not checkpoints(args.out) and settings.exists()  # and ended before there was anything
+        if args.out.exists() and any(args.out.iterdir()) and not started_too_early:
             parser.error(f"{args.out} holds a run already: go on with --resume, or choose another folder with --out")
         args.out.mkdir(parents=True, exist_ok=True)
         options = {name: value for name, value in vars(args).items() if name not in {"out", "resume"}}
@@ -117,7 +118,7 @@ class SaveInterrupted(Callback):
         """Save, and say how to go on."""
         if self.training:
             trainer.save_checkpoint(self.file)
-            print(f"\ninterrupted: {self.file} is written; go on with --resume")
+            print(f"\nstopped: {self.file} is written; go on with --resume --out {self.file.parents[1]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -150,9 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     features = extract(model, test[0])
     summary = {
-        "knn_top1": knn_accuracy(extract(model, train[0]), train[1], features, test[1]),
-        "knn_top1_raw_pixels": knn_raw,
-        "knn_top1_untrained": knn_untrained,
+        "knn_top1": round(knn_accuracy(extract(model, train[0]), train[1], features, test[1]), 4),
+        "knn_top1_raw_pixels": round(knn_raw, 4),
+        "knn_top1_untrained": round(knn_untrained, 4),
         "seconds": round(timer.time_elapsed("train"), 1),
         "seed": args.seed,
         "freeze": freeze.receipt,

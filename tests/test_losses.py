@@ -129,6 +129,14 @@ def test_centers_of_other_libraries_load(shape):
     assert state["center"].shape == shape  # the caller's dictionary stays as it was
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_center_saved_in_another_type_loads_as_float32(dtype):
+    loss = DINOLoss(16)
+    loss.load_state_dict({"center": torch.ones(1, 1, 16, dtype=dtype)}, assign=True)
+    assert loss.center.dtype == torch.float32
+    assert loss(torch.randn(2, 3, 16), torch.randn(4, 3, 16)).isfinite()
+
+
 def test_a_center_of_another_size_is_refused():
     with pytest.raises(RuntimeError, match="size mismatch for center"):
         DINOLoss(16).load_state_dict({"center": torch.zeros(8)})
@@ -142,6 +150,7 @@ def test_a_center_of_another_size_is_refused():
         ((2, 3, 8), (4, 3, 8), r"made for 16 prototypes \(output_dim\), got teacher logits of shape \(2, 3, 8\)"),
         ((4, 3, 16), (2, 3, 16), "at least as many"),
         ((1, 3, 16), (1, 3, 16), "no pair of different views"),
+        ((2, 0, 16), (4, 0, 16), "at least one sample"),
         ((6, 16), (12, 16), r"teacher \(T, B, K\) and student \(S, B, K\), got teacher \(6, 16\)"),
     ],
 )
@@ -164,6 +173,17 @@ def test_shapes_that_do_not_fit(teacher, student, message):
 def test_arguments_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         DINOLoss(**options)
+
+
+@pytest.mark.parametrize("options", [{"teacher_temp": 0}, {"student_temp": -1}])
+def test_temperatures_of_the_function_are_checked(options):
+    with pytest.raises(ValueError, match="_temp must be a number"):
+        dino_loss(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16), **options)
+
+
+def test_an_epoch_is_not_negative():
+    with pytest.raises(ValueError, match="epoch must be an integer >= 0, got -1"):
+        DINOLoss(16)(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16), epoch=-1)
 
 
 def test_a_temperature_by_step_is_checked():

@@ -298,6 +298,81 @@ def test_two_processes_stay_frozen_and_identical(tmp_path):
         assert not torch.equal(ranks[0]["student.head.layers.0.weight"], module.student["head"].layers[0].weight)
 
 
+# What a newcomer to the code would get wrong.
+
+
+class TwoOptimizers(Manual):
+    """One step for the backbone, then one for the head, in each batch."""
+
+    def configure_optimizers(self):
+        return [adamw([p for p in part.parameters() if p.requires_grad]) for part in self.student.values()]
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+
+
+@pytest.mark.parametrize(("steps", "moved"), [(3, [False] + [True] * 11), (4, [False] * 2 + [True] * 10)])
+def test_a_limit_in_steps_may_fall_inside_a_batch(steps, moved):
+    callback = FreezeLastLayerCallback(steps=steps)
+    assert fit(TwoOptimizers("lightning"), callback).moved == moved
+    assert f"frozen for {steps} optimizer steps" in callback.receipt
+    assert f"released at step {steps}" in callback.receipt
+
+
+def test_heads_that_share_their_layer_are_no_false_alarm():
+    module = Toy(freeze_last_layer=1)
+    module.student["other"] = DINOProjectionHead(8, 8, 4, 16, batch_norm=False, freeze_last_layer=1)
+    module.student["other"].last_layer.weight_v = module.student["head"].last_layer.weight_v
+    module.loss = lambda batch: sum(module.student[name](batch[0]).square().mean() for name in ("head", "other"))
+    assert fit(module, FreezeLastLayerCallback()).moved == [False] * 4 + [True] * 8
+
+
+@pytest.mark.parametrize("limits", [({"steps": 6}, {"freeze_last_layer": 1}), ({"freeze_last_layer": 1}, {"steps": 6})])
+def test_instances_that_freeze_the_same_layer_are_no_false_alarm(limits):
+    callbacks = [FreezeLastLayerCallback(**limit) for limit in limits]
+    assert fit(Toy(), *callbacks).moved == [False] * 6 + [True] * 6
+    assert all(callback.receipt for callback in callbacks)
+
+
+def test_a_compiled_head_named_means_its_last_layer():
+    module = Toy()
+    mlp = module.student["head"].layers[0].weight
+    before, weight = mlp.detach().clone(), module.student["head"].last_layer.weight_v.detach().clone()
+    module.student["head"] = torch.compile(module.student["head"], backend="eager")
+    callback = FreezeLastLayerCallback(module="student.head")
+    trainer(callback, max_epochs=2).fit(module, loader())
+    assert callback.receipt.startswith("student.head.last_layer frozen for 8")
+    assert torch.equal(module.student["head"].last_layer.weight_v, weight)
+    assert not torch.equal(mlp, before)
+
+
+def test_a_run_that_ends_inside_the_freeze_says_so_and_a_resumed_one_takes_it_back(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    callback = FreezeLastLayerCallback()
+    fit(Toy(), callback, checkpoint, enable_checkpointing=True, max_steps=2)
+    assert callback.receipt.endswith("at step 2, still frozen when the run ended at step 2")
+    seen = []
+
+    class See(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append(callback.receipt)
+
+    callback = FreezeLastLayerCallback()
+    trainer(callback, See()).fit(Toy(), loader(), ckpt_path=tmp_path / "step=2.ckpt")
+    assert seen[0] is None
+    assert "bitwise unchanged on 1 of 1 ranks at step 8 (since step 2, where the run was resumed)" in callback.receipt
+
+
+def test_an_unused_head_under_a_raw_optimizer_is_no_silent_freeze():
+    module = Manual("lightning", "torch", freeze_last_layer=1)
+    module.student["head"].forward = lambda x: module.teacher["head"](x) + x.sum()
+    with pytest.raises(MisconfigurationException, match="never had a gradient to cancel"):
+        fit(module, FreezeLastLayerCallback())
+
+
 # Refusals: each names the module, the cause and the remedy.
 
 
@@ -427,6 +502,7 @@ def test_a_static_graph_under_manual_optimization_is_refused():
         ({"freeze_last_layer": 1, "steps": 5}, r"set one limit, got freeze_last_layer=1 .* and steps=5"),
         ({"freeze_last_layer": -2}, "freeze_last_layer must be an integer >= -1"),
         ({"steps": 1.5}, "steps must be an integer >= 0"),
+        ({"freeze_last_layer": 1, "module": ""}, "module must name a submodule"),
     ],
 )
 def test_arguments_out_of_range(arguments, message):

@@ -149,6 +149,19 @@ def test_a_run_without_an_end_is_refused():
         trainer(TeacherUpdateCallback(), max_epochs=-1).fit(Toy(), loader())
 
 
+def test_data_without_a_length_needs_a_limit():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.randn(8), 0)] * 8)
+
+    stream = torch.utils.data.DataLoader(Stream(), batch_size=4)
+    with pytest.raises(MisconfigurationException, match="for data without a length max_steps or limit_train_batches"):
+        trainer(TeacherUpdateCallback(), max_epochs=2).fit(Toy(), stream)
+    module, callback = Toy(), TeacherUpdateCallback(base_momentum=0.5)
+    trainer(callback, max_steps=4, max_epochs=-1).fit(module, stream)
+    assert callback.steps_taken == 4
+
+
 def test_a_raw_optimizer_whose_steps_cannot_be_seen_is_refused():
     with pytest.raises(MisconfigurationException, match="TeacherUpdateCallback counts optimizer steps, and saw none"):
         trainer(TeacherUpdateCallback()).fit(Manual("lightning", "torch"), loader())
