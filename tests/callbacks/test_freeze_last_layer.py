@@ -337,6 +337,7 @@ def test_instances_that_freeze_the_same_layer_are_no_false_alarm(limits):
     assert all(callback.receipt for callback in callbacks)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at all attributes
 def test_a_compiled_head_named_means_its_last_layer():
     module = Toy()
     mlp = module.student["head"].layers[0].weight
