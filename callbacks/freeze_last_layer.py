@@ -119,7 +119,6 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cancel. The limit is read at each call: `trainer.current_epoch` is right here also after a resume."""
-        self._note_gradients()
         for target in self._frozen:
             if self._is_frozen(target, trainer):
                 self._cancel(target, trainer)
@@ -128,7 +127,6 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Cancel what a backward without `on_after_backward` left."""
-        self._note_gradients()
         for target in self._frozen:
             if target.has_gradient() and self._is_frozen(target, trainer):
                 self._cancel(target, trainer)
@@ -171,13 +169,9 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         limit = self.freeze_last_layer if target.head is None else target.head.freeze_last_layer
         return limit is not None and trainer.current_epoch + epochs_ahead < limit
 
-    def _note_gradients(self) -> None:
-        # All before any is cancelled: two heads may share a layer.
-        for target in self._frozen:
-            if not target.record.cancelled:
-                target.record.cancelled = target.has_gradient()
-
     def _cancel(self, target: Target, trainer: Trainer) -> None:
+        if not target.record.cancelled:
+            target.record.cancelled = target.has_gradient()
         if target.head is None:
             cancel_gradients(target.parameters)
         else:
@@ -208,7 +202,8 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             self._write_receipt(trainer, target)
 
     def _check_cancelled(self, trainer: Trainer, target: Target) -> None:
-        # Another instance may have cancelled first, and a process's shard may be empty: one of them is enough.
+        # A head that shares the layer, or another instance, may have cancelled first, and a process's shard may be
+        # empty: one that cancelled is enough.
         mine = {id(parameter) for parameter in target.parameters}
         cancelled = any(
             other.record.cancelled and not mine.isdisjoint(map(id, other.parameters))

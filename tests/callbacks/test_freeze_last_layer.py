@@ -352,7 +352,7 @@ def test_a_compiled_head_named_means_its_last_layer():
 
 def test_a_run_that_ends_inside_the_freeze_says_so_and_a_resumed_one_takes_it_back(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    callback = FreezeLastLayerCallback()
+    callback = FreezeLastLayerCallback(1)
     fit(Toy(), callback, checkpoint, enable_checkpointing=True, max_steps=2)
     assert callback.receipt.endswith("at step 2, still frozen when the run ended at step 2")
     seen = []
@@ -361,10 +361,10 @@ def test_a_run_that_ends_inside_the_freeze_says_so_and_a_resumed_one_takes_it_ba
         def on_train_batch_end(self, trainer, pl_module, *_):
             seen.append(callback.receipt)
 
-    callback = FreezeLastLayerCallback()
+    callback = FreezeLastLayerCallback(1)
     trainer(callback, See()).fit(Toy(), loader(), ckpt_path=tmp_path / "step=2.ckpt")
     assert seen[0] is None
-    assert "bitwise unchanged on 1 of 1 ranks at step 8 (since step 2, where the run was resumed)" in callback.receipt
+    assert "bitwise unchanged on 1 of 1 ranks at step 4 (since step 2, where the run was resumed)" in callback.receipt
 
 
 def test_an_unused_head_under_a_raw_optimizer_is_no_silent_freeze():
