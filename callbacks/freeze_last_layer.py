@@ -109,6 +109,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             target.record = self._records.setdefault(target.name, Record(since=trainer.global_step))
             target.taken_up_at = trainer.global_step
             if self._is_frozen(target, trainer):
+                target.record.receipt = None  # of a run that ended inside the freeze
                 target.before = {name: value.clone() for name, value in _values(pl_module, target.name).items()}
                 self._frozen.append(target)
             elif target.record.cancelled and target.record.receipt is None:

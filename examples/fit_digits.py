@@ -77,6 +77,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     for name, least in (("epochs", 1), ("batch_size", 2), ("prototypes", 2), ("seed", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
+    if args.batch_size > 1400:
+        parser.error(f"--batch-size must be at most 1400, the number of training images, got {args.batch_size}")
     settings = args.out / "settings.json"
     if not args.resume:
         started_too_early = not checkpoints(args.out) and settings.exists()  # and ended before there was anything

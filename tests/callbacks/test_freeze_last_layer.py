@@ -367,6 +367,22 @@ def test_a_run_that_ends_inside_the_freeze_says_so_and_a_resumed_one_takes_it_ba
     assert "bitwise unchanged on 1 of 1 ranks at step 4 (since step 2, where the run was resumed)" in callback.receipt
 
 
+def test_a_trainer_that_goes_on_inside_the_freeze_takes_the_receipt_back():
+    callback, module, seen = FreezeLastLayerCallback(), Toy(), []
+
+    class See(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append(callback.receipt)
+
+    run = trainer(callback, See(), max_epochs=1)
+    run.fit(module, loader())
+    assert callback.receipt.endswith("still frozen when the run ended at step 4")
+    run.fit_loop.max_epochs = 3
+    run.fit(module, loader())
+    assert seen[:8] == [None] * 8
+    assert callback.receipt.endswith("released at step 8")
+
+
 def test_an_unused_head_under_a_raw_optimizer_is_no_silent_freeze():
     module = Manual("lightning", "torch", freeze_last_layer=1)
     module.student["head"].forward = lambda x: module.teacher["head"](x) + x.sum()
