@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_head._arguments import check_integer
-from dino_head.prototypes import FactoredLogits, WeightNormPrototypes, cancel_gradients
+from dino_head.prototypes import FactoredLogits, LinearPrototypes, WeightNormPrototypes, cancel_gradients
 
 Block = tuple[int, int, nn.Module | None, nn.Module | None]
 
@@ -146,9 +146,9 @@ class DINOProjectionHead(ProjectionHead):
             (width, hidden_dim, nn.BatchNorm1d(hidden_dim) if batch_norm else None, nn.GELU()) for width in widths[:-1]
         ]
         super().__init__([*hidden, (widths[-1], bottleneck_dim, None, None)], bias=bias)
-        self.last_layer: WeightNormPrototypes | nn.Linear
+        self.last_layer: WeightNormPrototypes | LinearPrototypes
         if norm_last_layer is None:
-            self.last_layer = nn.Linear(bottleneck_dim, output_dim, bias=False)
+            self.last_layer = LinearPrototypes(bottleneck_dim, output_dim)
         else:
             self.last_layer = WeightNormPrototypes(bottleneck_dim, output_dim, trainable_norm=not norm_last_layer)
         self.freeze_last_layer = freeze_last_layer
@@ -164,21 +164,22 @@ class DINOProjectionHead(ProjectionHead):
                     nn.init.zeros_(layer.bias)
             elif isinstance(layer, _BatchNorm):
                 layer.reset_parameters()
-        if isinstance(self.last_layer, nn.Linear):
-            nn.init.trunc_normal_(self.last_layer.weight, std=0.02)
-        else:
-            self.last_layer.reset_parameters()
+        self.last_layer.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (..., input_dim) -> logits (..., K)."""
         return self.factored_logits(x).logits()
 
     def factored_logits(self, x: Tensor) -> FactoredLogits:
-        """Features (..., input_dim) -> unit vectors (..., D) and prototypes (K, D), not yet multiplied."""
+        """Features (..., input_dim) -> unit vectors (..., D) and prototypes (K, D), not yet multiplied.
+
+        Under `fully_shard` call it inside the sharded module's forward, or register it on the sharded head with
+        `torch.distributed.fsdp.register_fsdp_forward_method(head, "factored_logits")`.
+        """
         h = super().forward(x)
         # float16 has no 1e-12: it would be 0, and a zero vector would become NaN.
         z = F.normalize(h, dim=-1, eps=1e-6 if h.dtype == torch.float16 else 1e-12)
-        return FactoredLogits(z, self.last_layer.weight)
+        return self.last_layer.factored(z)
 
     def cancel_last_layer_gradients(self, current_epoch: int) -> None:
         """Set the gradients of the last layer to None while `current_epoch < freeze_last_layer`.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_head._arguments import check_integer, check_number
-from dino_head.functional import dino_loss
+from dino_head.functional import Logits, dino_loss, output_dim, sinkhorn_center, stacked, sum_logits
+from dino_head.prototypes import FactoredLogits
 from dino_head.schedules import teacher_temperature
 
 
@@ -22,9 +23,15 @@ class DINOLoss(nn.Module):
         loss = mean over t != s and the batch of  H(softmax((teacher_t - c) / tau_t), softmax(student_s / tau_s))
         c <- m c + (1 - m) mean of the teacher's logits
 
+    Both sides as logits, or as `FactoredLogits`: the same loss and gradients, without the logits in memory.
+
     In training each call moves the center `c` after the loss is computed, by the mean over the samples of all
     processes; in evaluation mode it stays. The center is float32 whatever the model's precision, and part of the
-    state dict.
+    state dict. With `defer_center_update = True` a call only adds up its logits, and `apply_center_update()` moves the
+    center by all that were added since the last one: once an optimizer step under gradient accumulation.
+
+    `centering="sinkhorn"` has no center but spreads each batch evenly over the prototypes, see `sinkhorn_center`: over
+    the samples of all processes, so that every process has to call it, in evaluation as well.
 
     Args:
         output_dim: K.
@@ -33,16 +40,19 @@ class DINOLoss(nn.Module):
         warmup_teacher_temp_epochs: epochs of the linear warm-up, see `teacher_temperature`.
         student_temp: the student's temperature.
         center_momentum: m, in [0, 1].
+        centering: "mean", or "sinkhorn" (3 iterations; DINOv2, arXiv:2304.07193).
 
     Raises:
-        ValueError: a size, temperature or momentum out of range.
+        ValueError: a size, temperature or momentum out of range, or another centering.
 
     >>> loss = DINOLoss(output_dim=16)
     >>> loss(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16), epoch=0)  # uniform on both sides: ln 16
     tensor(2.7726)
     """
 
-    center: Tensor
+    center: Tensor | None  # (1, 1, K); None: sinkhorn
+    _collected: Tensor | None  # (K + 1,): sums of logits and, behind them, how many: one reduction for both
+    defer_center_update = False
 
     def __init__(
         self,
@@ -52,6 +62,8 @@ class DINOLoss(nn.Module):
         warmup_teacher_temp_epochs: int = 30,
         student_temp: float = 0.1,
         center_momentum: float = 0.9,
+        *,
+        centering: str = "mean",
     ) -> None:
         super().__init__()
         check_integer("output_dim", output_dim, 1)
@@ -64,40 +76,52 @@ class DINOLoss(nn.Module):
         for name, temperature in temperatures.items():
             check_number(name, temperature, 0, float("inf"), exclude_minimum=True)
         check_number("center_momentum", center_momentum, 0, 1)
+        if centering not in ("mean", "sinkhorn"):
+            raise ValueError(f'centering must be "mean" or "sinkhorn", got {centering!r}')
         self.output_dim = output_dim
         self.warmup_teacher_temp = warmup_teacher_temp
         self.teacher_temp = teacher_temp
         self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
         self.student_temp = student_temp
         self.center_momentum = center_momentum
-        self.register_buffer("center", torch.zeros(1, 1, output_dim, dtype=torch.float32))
+        self.centering = centering
+        has_center = centering == "mean"
+        self.register_buffer("center", torch.zeros(1, 1, output_dim) if has_center else None)
+        self.register_buffer("_collected", torch.zeros(output_dim + 1) if has_center else None, persistent=False)
 
     def forward(
-        self, teacher_out: Tensor, student_out: Tensor, epoch: int | None = None, *, teacher_temp: float | None = None
+        self, teacher_out: Logits, student_out: Logits, epoch: int | None = None, *, teacher_temp: float | None = None
     ) -> Tensor:
-        """Logits of the teacher (T, B, K) and the student (S, B, K) -> loss in nats, a scalar.
+        """Outputs of the teacher (T, B, K) and the student (S, B, K) -> loss in nats, a scalar.
 
         Args:
-            teacher_out: logits of the T teacher views; no gradient flows into them.
-            student_out: logits of the S student views, the teacher's first, in the same order.
+            teacher_out: logits of the T teacher views, a list of them, or FactoredLogits with z (T, B, D); no gradient
+                flows into them.
+            student_out: the same of the S student views, the teacher's first, in the same order.
             epoch: the current epoch, for the teacher's temperature; None: the final one.
             teacher_temp: overrides the temperature, for a schedule by step.
 
         Raises:
-            ValueError: shapes that do not fit, no pair of different views, or a temperature <= 0.
+            ValueError: kinds, shapes or types that do not fit, no pair of different views, or a temperature <= 0.
         """
         if teacher_temp is None:
             teacher_temp = self.temperature(epoch)
-        if teacher_out.shape[-1:] != self.center.shape[-1:]:
+        teacher_out = stacked(teacher_out)
+        if output_dim(teacher_out) != self.output_dim:
             raise ValueError(
-                f"the loss was made for {self.output_dim} prototypes (output_dim), got teacher logits of shape "
-                f"{tuple(teacher_out.shape)}: give loss and head the same output_dim"
+                f"the loss was made for {self.output_dim} prototypes (output_dim), got a teacher with "
+                f"{output_dim(teacher_out)}: give loss and head the same output_dim"
             )
+        center = self.center
+        if center is None:
+            center = sinkhorn_center(teacher_out, teacher_temp, reduce=_logsumexp_of_processes)
         loss = dino_loss(
-            teacher_out, student_out, center=self.center, teacher_temp=teacher_temp, student_temp=self.student_temp
+            teacher_out, student_out, center=center, teacher_temp=teacher_temp, student_temp=self.student_temp
         )
         if self.training:
-            self._update_center(teacher_out.detach())
+            self._collect(teacher_out)
+            if not self.defer_center_update:
+                self.apply_center_update()
         return loss
 
     def temperature(self, epoch: int | None = None) -> float:
@@ -105,26 +129,55 @@ class DINOLoss(nn.Module):
         return teacher_temperature(epoch, self.warmup_teacher_temp, self.teacher_temp, self.warmup_teacher_temp_epochs)
 
     @torch.no_grad()
-    def _update_center(self, teacher_out: Tensor) -> None:
-        # (K + 1,): the sum of the logits and, behind it, their number, so that one reduction averages by samples.
-        views, samples, _ = teacher_out.shape
-        total = teacher_out.sum(dim=(0, 1), dtype=torch.float32)
-        total = F.pad(total, (0, 1), value=views * samples)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(total)
-        self.center.lerp_(total[:-1] / total[-1], 1 - self.center_momentum)
+    def apply_center_update(self) -> None:
+        """Move the center by the logits of all training calls since the last update, on all processes.
+
+        Without any it stays. A training call does this by itself unless `defer_center_update` is set. All processes
+        have to call it.
+        """
+        if self.center is None or self._collected is None:
+            return
+        if _has_processes():
+            dist.all_reduce(self._collected)
+        sums, count = self._collected[:-1], self._collected[-1]
+        mean = torch.where(count > 0, sums / count, self.center)  # no wait for the device
+        self.center.lerp_(mean, 1 - self.center_momentum)
+        self._collected.zero_()
+
+    @torch.no_grad()
+    def _collect(self, teacher_out: Tensor | FactoredLogits) -> None:
+        if self._collected is not None:
+            views, samples, _ = (teacher_out if isinstance(teacher_out, Tensor) else teacher_out.z).shape
+            self._collected += F.pad(sum_logits(teacher_out), (0, 1), value=views * samples)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DINOLoss":
-        # `.half()` and friends move the center with the module but leave it float32.
-        center = self.center
+        # `.half()` and friends move the buffers with the module but leave them float32.
+        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.center.dtype != torch.float32:
-            self.center = center.to(self.center.device)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != torch.float32:
+                setattr(self, name, buffer.to(moved.device))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Other libraries keep the center as (K,) or (1, K).
         center = state_dict.get(prefix + "center")
-        if center is not None and center.numel() == self.output_dim:
+        if center is not None and self.center is not None and center.numel() == self.output_dim:
             state_dict[prefix + "center"] = center.float().reshape(1, 1, -1)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _has_processes() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _logsumexp_of_processes(log_sums: Tensor) -> Tensor:
+    """(K,) of each process -> (K,), the same for all."""
+    if not _has_processes():
+        return log_sums
+    peaks = log_sums.clone()
+    dist.all_reduce(peaks, dist.ReduceOp.MAX)
+    sums = (log_sums - peaks).exp()
+    dist.all_reduce(sums)
+    return peaks + sums.log()

@@ -4,7 +4,7 @@ Sizes: D bottleneck width, K prototypes.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +47,37 @@ def weight_norm(weight_v: Tensor, weight_g: Tensor) -> Tensor:
     return kernel(weight_v, weight_g, 0)
 
 
-class WeightNormPrototypes(nn.Module):
-    """K weight-normalised prototypes, a linear map without bias: w_k = g_k v_k / ||v_k||.
+class Prototypes(nn.Module):
+    """A last layer: K prototypes that score unit vectors, a linear map without bias.
+
+    While `frozen` (a plain attribute, not in the state dict) the prototypes are detached, so that whoever uses them
+    spends nothing on a gradient that would be cancelled, and the layer's parameters get zeros in its place: every form
+    of DDP expects some gradient. Outputs and the other gradients stay what they are. `FreezeLastLayerCallback` sets
+    it, and cancels the zeros.
+    """
+
+    frozen = False
+
+    def factored(self, z: Tensor) -> FactoredLogits:
+        """Unit vectors (..., D) -> the same with the prototypes, not yet multiplied."""
+        if not self.frozen:
+            return FactoredLogits(z, self._prototypes())
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        with torch.no_grad():
+            prototypes = self._prototypes()
+        return FactoredLogits(_ZerosFor.apply(z, *trainable), prototypes)  # type: ignore[no-untyped-call]
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Unit vectors (..., D) -> logits (..., K)."""
+        return self.factored(z).logits()
+
+    def _prototypes(self) -> Tensor:
+        """The weight as a tensor of its own: fully_shard takes the parameters' memory back after forward."""
+        raise NotImplementedError
+
+
+class WeightNormPrototypes(Prototypes):
+    """K weight-normalised prototypes: w_k = g_k v_k / ||v_k||.
 
     The direction `weight_v` (K, D) and the norm `weight_g` (K, 1) are what a state dict holds, under the keys of
     `torch.nn.utils.weight_norm`; the effective `weight` is computed at each use, so a used module can be copied,
@@ -77,14 +106,52 @@ class WeightNormPrototypes(nn.Module):
         """The effective prototypes, shape (K, D)."""
         return weight_norm(self.weight_v, self.weight_g)
 
-    def forward(self, z: Tensor) -> Tensor:
-        """Unit vectors (..., D) -> logits (..., K)."""
-        return F.linear(z, self.weight)
+    def _prototypes(self) -> Tensor:
+        return self.weight
 
     def extra_repr(self) -> str:
         """Sizes, for `print(module)`."""
         output_dim, bottleneck_dim = self.weight_v.shape
         return f"{bottleneck_dim=}, {output_dim=}, trainable_norm={self.weight_g.requires_grad}"
+
+
+class LinearPrototypes(Prototypes):
+    """K prototypes of any norm, a plain `weight` (K, D): the last layer of DINOv3 (arXiv:2508.10104).
+
+    Args:
+        bottleneck_dim: D.
+        output_dim: K.
+    """
+
+    def __init__(self, bottleneck_dim: int, output_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(output_dim, bottleneck_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal, std 0.02."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def _prototypes(self) -> Tensor:
+        return self.weight.clone()
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(module)`."""
+        output_dim, bottleneck_dim = self.weight.shape
+        return f"{bottleneck_dim=}, {output_dim=}"
+
+
+class _ZerosFor(torch.autograd.Function):
+    """z, unchanged, and gradients of zeros for the parameters behind it."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
 
 
 def cancel_gradients(parameters: Iterable[nn.Parameter]) -> None:

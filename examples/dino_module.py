@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from dino_head import DINOLoss, DINOProjectionHead, cosine_schedule, multicrop_forward
+from dino_head import DINOLoss, DINOProjectionHead, FactoredLogits, cosine_schedule, multicrop_forward
 
 
 class DINO(LightningModule):
@@ -24,7 +24,7 @@ class DINO(LightningModule):
 
     Args:
         backbone: maps images (B, C, H, W) of each view's size to features (B, D).
-        head: maps features (..., D) to logits (..., K).
+        head: scores features (..., D) by K prototypes.
         loss: of the same K.
         augment: images (B, C, H, W) -> V views; runs on the device, in training only.
         global_views: T; the first T views are what the teacher sees.
@@ -63,12 +63,17 @@ class DINO(LightningModule):
         """In training, images (B, C, H, W) -> V views (B, C, H', W'), the global ones first."""
         return self.augment(self.images(batch)) if self.trainer.training else batch
 
+    def outputs(self, side: nn.ModuleDict, views: list[Tensor]) -> FactoredLogits:
+        """Views (B, C, H, W) -> z (V, B, bottleneck) and prototypes (K, bottleneck): logits are never in memory."""
+        features = multicrop_forward(side["backbone"], views)  # (V, B, D)
+        factored: FactoredLogits = side["head"].factored_logits(features)  # type: ignore[operator]
+        return factored
+
     def training_step(self, views: list[Tensor], batch_idx: int) -> Tensor:
         """The student predicts the teacher: V views (B, C, H, W) -> the loss, a scalar."""
-        student = self.student["head"](multicrop_forward(self.student["backbone"], views))  # (V, B, D) -> (V, B, K)
+        student = self.outputs(self.student, views)
         with torch.no_grad():
-            global_views = views[: self.global_views]
-            teacher = self.teacher["head"](multicrop_forward(self.teacher["backbone"], global_views))  # (T, B, K)
+            teacher = self.outputs(self.teacher, views[: self.global_views])
         loss: Tensor = self.loss(teacher, student, self.current_epoch)  # -sum_k p_t log q_s, mean over t != s and B
         self.log("loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=views[0].shape[0])
         return loss

@@ -6,6 +6,7 @@ Sizes: N samples, D features, K prototypes.
 import csv
 import math
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from dino_head import DINOLoss
+from dino_head import DINOLoss, FactoredLogits
 
 
 @torch.no_grad()
@@ -65,9 +66,12 @@ class TeacherEntropy(Callback):
                 self._hook = module.register_forward_pre_hook(self._measure)
         self._entropies: list[Tensor] = []
 
-    def _measure(self, loss: DINOLoss, inputs: tuple[Tensor, Tensor, int]) -> None:
-        teacher, _, epoch = inputs  # (T, B, K)
-        logits = (teacher.detach() - loss.center) / loss.temperature(epoch)
+    @torch.no_grad()
+    def _measure(self, loss: DINOLoss, inputs: tuple[Tensor | FactoredLogits, Any, int]) -> None:
+        teacher, _, epoch = inputs
+        logits = teacher.logits() if isinstance(teacher, FactoredLogits) else teacher  # (T, B, K)
+        assert loss.center is not None, "with centering='sinkhorn' the targets follow from the batch"
+        logits = (logits - loss.center) / loss.temperature(epoch)
         self._entropies.append(torch.distributions.Categorical(logits=logits).entropy().mean())
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -147,11 +147,11 @@ def test_a_center_of_another_size_is_refused():
     [
         ((2, 3, 16), (4, 5, 16), "the same B and K"),
         ((2, 3, 16), (4, 3, 8), "the same B and K"),
-        ((2, 3, 8), (4, 3, 8), r"made for 16 prototypes \(output_dim\), got teacher logits of shape \(2, 3, 8\)"),
+        ((2, 3, 8), (4, 3, 8), r"made for 16 prototypes \(output_dim\), got a teacher with 8"),
         ((4, 3, 16), (2, 3, 16), "at least as many"),
         ((1, 3, 16), (1, 3, 16), "no pair of different views"),
         ((2, 0, 16), (4, 0, 16), "at least one sample"),
-        ((6, 16), (12, 16), r"teacher \(T, B, K\) and student \(S, B, K\), got teacher \(6, 16\)"),
+        ((6, 16), (12, 16), r"expects logits \(V, B, K\) of V views, got \(6, 16\): stack"),
     ],
 )
 def test_shapes_that_do_not_fit(teacher, student, message):

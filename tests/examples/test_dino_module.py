@@ -49,7 +49,7 @@ def test_weight_decay_is_for_matrices_and_all_trained_parameters_are_optimized()
         return result
 
     module.configure_optimizers = spy
-    module.student["head"].forward = module.student["head"][1].forward
+    module.student["head"].factored_logits = module.student["head"][1].factored_logits
     trainer(max_steps=1).fit(module, view_loader())
     decayed, others = seen["optimizer"].param_groups
     names = {id(p): name for name, p in module.student.named_parameters()}

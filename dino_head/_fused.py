@@ -1,0 +1,194 @@
+"""The objective's loss and gradients in one pass, from logits or block by block from their factors.
+
+Both autograd functions compute the gradients in forward, keep them in float32 at least, and only scale them in
+backward.
+
+Sizes: B samples of which b are in a block, T teacher views, S student views, K prototypes, D bottleneck width.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def cross_entropies_(teacher: Tensor, student: Tensor, total: Tensor) -> Tensor:
+    """Sum over t != s and the samples of H(p_t, q_s), p_t = softmax(teacher_t), q_s = softmax(student_s).
+
+        sum_s  n_s logsumexp(student_s) - (sum_{t != s} p_t) . student_s        because each p_t sums to 1
+
+    where n_s is the number of teacher views other than s: T - 1 for s < T, else T.
+
+    Args:
+        teacher: (T, b, K), logits over temperature; afterwards the targets of the first T student views.
+        student: (S, b, K), logits over temperature; afterwards the q_s.
+        total: (b, K), memory; afterwards the target of the other student views, the sum of all p_t.
+    """
+    views = len(teacher)
+    torch.softmax(teacher, dim=-1, out=teacher)
+    torch.sum(teacher, dim=0, out=total)
+    torch.sub(total, teacher, out=teacher)
+    agreement = torch.dot(teacher.flatten(), student[:views].flatten())
+    agreement = agreement + torch.mv(student[views:].flatten(start_dim=1), total.flatten()).sum()
+    peaks = student.amax(dim=-1)
+    torch.softmax(student, dim=-1, out=student)
+    log_sums = peaks - student.amax(dim=-1).log()  # the largest q is exp(peak - logsumexp)
+    return (views - 1) * log_sums[:views].sum() + views * log_sums[views:].sum() - agreement
+
+
+def gradients_(targets: Tensor, student: Tensor, total: Tensor, scale: float) -> None:
+    """The gradient in the student's logits over temperature, times `scale`: n_s q_s - sum_{t != s} p_t.
+
+    Takes what `cross_entropies_` left, and puts the result in place of `student`.
+    """
+    views = len(targets)
+    global_views, local_views = student[:views], student[views:]
+    torch.add(targets.mul_(-scale), global_views, alpha=scale * (views - 1), out=global_views)
+    torch.add(total.mul_(-scale), local_views, alpha=scale * views, out=local_views)
+
+
+class LogitsObjective(torch.autograd.Function):
+    """Logits (T, B, K) and (S, B, K) -> mean cross-entropy. Keeps the gradient in the student's logits alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, teacher: Tensor, student: Tensor, center: Tensor | float, teacher_temp: float, student_temp: float
+    ) -> Tensor:
+        """See `dino_loss`."""
+        count, dtype = _count(teacher, student), _at_least_float32(student.dtype)
+        targets = teacher.to(dtype, copy=True).sub_(center).div_(teacher_temp)
+        # A divisor with a dimension takes part in type promotion: low precision becomes float32 on the way.
+        gradient = student / student.new_full((1,), student_temp, dtype=dtype)
+        total = torch.empty_like(targets[0])
+        loss = cross_entropies_(targets, gradient, total) / count
+        if ctx.needs_input_grad[1]:
+            gradients_(targets, gradient, total, 1 / (student_temp * count))
+            ctx.save_for_backward(gradient)
+        ctx.dtype = student.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Scale what forward has kept."""
+        (gradient,) = ctx.saved_tensors
+        return None, _scaled(gradient, grad, ctx.dtype), None, None, None
+
+
+class FactoredObjective(torch.autograd.Function):
+    """Unit vectors and prototypes of both sides -> mean cross-entropy, with one block of logits in memory.
+
+    Products are taken in `dtype`, everything else in float32 at least. The targets are subtracted inside the block,
+    so that the products are those which a bare forward and backward need, and no more.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        teacher_z: Tensor,
+        teacher_prototypes: Tensor,
+        student_z: Tensor,
+        student_prototypes: Tensor,
+        center: Tensor | float,
+        teacher_temp: float,
+        student_temp: float,
+        dtype: torch.dtype,
+        block_bytes: int,
+    ) -> Tensor:
+        """See `dino_loss`."""
+        _, _, needs_z, needs_prototypes, *_ = ctx.needs_input_grad
+        ctx.dtypes = student_z.dtype, student_prototypes.dtype
+        count, views = _count(teacher_z, student_z), (len(teacher_z), len(student_z), 1)
+        teacher_prototypes, prototypes = teacher_prototypes.to(dtype), student_prototypes.to(dtype)
+        memory = BlockMemory(views, student_z.shape[1], prototypes, block_bytes)
+        # In float16 a gradient must be large enough not to vanish, and small enough for its sums over all rows.
+        scale = 1.0 if memory.low is None else 2.0**15 / (len(memory.low) * len(teacher_z))
+        unscale = 1 / (scale * student_temp * count)
+
+        loss = memory.sums.new_zeros(())
+        grad_z = torch.empty_like(student_z, dtype=loss.dtype) if needs_z else None
+        grad_prototypes = torch.zeros_like(prototypes, dtype=loss.dtype) if needs_prototypes else None
+        for part in memory.parts:
+            z = student_z[:, part].to(dtype).flatten(end_dim=1)  # (S b, D)
+            teacher, student, total = memory.views(part)
+            memory.multiply_(teacher, teacher_z[:, part].to(dtype).flatten(end_dim=1), teacher_prototypes, teacher_temp)
+            memory.multiply_(student, z, prototypes, student_temp)
+            loss += cross_entropies_(teacher.sub_(center / teacher_temp), student, total[0])
+            if needs_z or needs_prototypes:
+                gradients_(teacher, student, total[0], scale)
+                gradient = memory.lowered(student)  # (S b, K)
+            if grad_z is not None:
+                grad_z[:, part] = (gradient @ prototypes).to(loss.dtype).mul_(unscale).view_as(grad_z[:, part])
+            if grad_prototypes is not None and memory.low is None:
+                grad_prototypes.addmm_(gradient.T, z, alpha=unscale)
+            elif grad_prototypes is not None:
+                grad_prototypes.add_(gradient.T @ z, alpha=unscale)
+        ctx.save_for_backward(grad_z, grad_prototypes)
+        return loss / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """Scale what forward has kept."""
+        gradients = [_scaled(kept, grad, dtype) for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
+        return None, None, *gradients, None, None, None, None, None
+
+
+class BlockMemory:
+    """Memory for the logits of one block of samples, within a budget, and the products that fill it.
+
+    Args:
+        views: how many views of b samples lie in it, for each part that `views()` gives.
+        samples: B.
+        prototypes: (K, D), in the type in which products are taken.
+        block_bytes: the budget; one sample is the least.
+    """
+
+    def __init__(self, views: tuple[int, ...], samples: int, prototypes: Tensor, block_bytes: int) -> None:
+        outputs, dtype, sum_dtype = len(prototypes), prototypes.dtype, _at_least_float32(prototypes.dtype)
+        is_low = dtype != sum_dtype
+        per_sample = outputs * (sum(views) * sum_dtype.itemsize + is_low * max(views) * dtype.itemsize)
+        number = math.ceil(samples / max(1, block_bytes // per_sample))
+        longest = math.ceil(samples / number)  # parts of about one length
+        self.parts = [slice(start, min(start + longest, samples)) for start in range(0, samples, longest)]
+        self.sizes = views
+        self.sums = prototypes.new_empty(sum(views) * longest, outputs, dtype=sum_dtype)
+        self.low = prototypes.new_empty(max(views) * longest, outputs) if is_low else None
+
+    def views(self, part: slice) -> tuple[Tensor, ...]:
+        """Contiguous memory (views, b, K) for each of `views`."""
+        length = part.stop - part.start
+        memory = self.sums[: sum(self.sizes) * length].view(-1, length, self.sums.shape[1])
+        return torch.split(memory, list(self.sizes))
+
+    def multiply_(self, out: Tensor, z: Tensor, prototypes: Tensor, temp: float) -> None:
+        """`out` (views, b, K) = z (views b, D) times prototypes (K, D) over `temp`."""
+        rows = out.flatten(end_dim=1)
+        product = rows if self.low is None else self.low[: len(rows)]
+        torch.addmm(product, z, prototypes.T, beta=0, alpha=1 / temp, out=product)
+        if self.low is not None:
+            rows.copy_(product)
+
+    def lowered(self, values: Tensor) -> Tensor:
+        """(views, b, K) -> (views b, K) in the type of the products."""
+        rows = values.flatten(end_dim=1)
+        return rows if self.low is None else self.low[: len(rows)].copy_(rows)
+
+
+def _count(teacher: Tensor, student: Tensor) -> int:
+    """How many cross-entropies are averaged: pairs of views times samples."""
+    return len(teacher) * (len(student) - 1) * student.shape[1]
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _scaled(kept: Tensor | None, grad: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if kept is None:
+        return None
+    # Nothing to do for the usual gradient of 1; but on a GPU the comparison would wait for the device.
+    is_one = grad.device.type == "cpu" and not torch.compiler.is_compiling() and grad.item() == 1
+    return (kept if is_one else kept * grad).to(dtype)
