@@ -26,11 +26,15 @@ class Target:
 
     name: str
     head: DINOProjectionHead | None  # where the limit is the head's own
-    parameters: list[nn.Parameter]  # the trainable ones
+    module: nn.Module
+    parameters: list[nn.Parameter] = field(init=False)  # the trainable ones
     record: Record = field(default_factory=lambda: Record(since=0))
     before: dict[str, Tensor] = field(default_factory=dict)  # this process's values when this fit took up the freeze
     taken_up_at: int = 0  # global step of those values
     steps_of_this_fit: int = 0
+
+    def __post_init__(self) -> None:
+        self.parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 
     def has_gradient(self) -> bool:
         """Whether there is anything to cancel."""
@@ -61,7 +65,7 @@ def find_targets(pl_module: LightningModule, module: str | None, has_limit: bool
                     f"{module!r} is a {type(chosen).__name__}, which has no freeze_last_layer of its own: "
                     "give the callback a limit, freeze_last_layer=1 (epochs) or steps=500"
                 )
-            return _trainable([Target(module, None, list(chosen.parameters()))])
+            return _trainable([Target(module, None, chosen)])
         heads = [(module, chosen)]
     if not heads:
         raise MisconfigurationException(
@@ -69,10 +73,7 @@ def find_targets(pl_module: LightningModule, module: str | None, has_limit: bool
             'attribute of the module, or name what to freeze, FreezeLastLayerCallback(1, module="head.last_layer")'
         )
     targets = _trainable(
-        [
-            Target(f"{name}.last_layer", None if has_limit else head, list(head.last_layer.parameters()))
-            for name, head in heads
-        ]
+        [Target(f"{name}.last_layer", None if has_limit else head, head.last_layer) for name, head in heads]
     )
     if not has_limit and all(target.head and target.head.freeze_last_layer == -1 for target in targets):
         raise MisconfigurationException(
@@ -85,8 +86,6 @@ def find_targets(pl_module: LightningModule, module: str | None, has_limit: bool
 
 def _trainable(targets: Sequence[Target]) -> list[Target]:
     """Those that can be trained, with the parameters that can; a teacher's head has none."""
-    for target in targets:
-        target.parameters = [parameter for parameter in target.parameters if parameter.requires_grad]
     found = [target for target in targets if target.parameters]
     if not found:
         raise MisconfigurationException(

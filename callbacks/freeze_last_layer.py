@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from dino_head._arguments import check_integer
 from dino_head.callbacks._find import Record, Target, check_trainer, find_submodule, find_targets
 from dino_head.callbacks._step import AfterOptimizerStep
-from dino_head.prototypes import cancel_gradients
+from dino_head.prototypes import Prototypes, cancel_gradients
 
 
 class FreezeLastLayerCallback(AfterOptimizerStep):
@@ -118,6 +118,13 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             check_trainer(trainer, self._frozen)
         super().on_train_start(trainer, pl_module)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Let frozen last layers spend nothing on gradients that would be cancelled."""
+        if self.steps is None or pl_module.automatic_optimization:  # else the freeze may end inside the batch
+            for target in self._frozen:
+                if isinstance(target.module, Prototypes):
+                    target.module.frozen = self._is_frozen(target, trainer)
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cancel. The limit is read at each call: `trainer.current_epoch` is right here also after a resume."""
         for target in self._frozen:
@@ -137,6 +144,11 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
                         f"the gradients of {target.name} were cancelled only right before the optimizer's step, after "
                         "any clipping of your own: call self.manual_backward(loss) instead of loss.backward()"
                     )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Outside of training steps no layer is marked, so that no copy or pickle of one is."""
+        self._unmark()
+        super().on_train_batch_end(trainer, pl_module, *args)
 
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the step, compare after the first two, and end a freeze that is limited in steps."""
@@ -160,7 +172,12 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             self._compare(trainer, pl_module, target)
             self._check_cancelled(trainer, target)
             self._write_receipt(trainer, target, "still frozen when the run ended")
+        self._unmark()
         self._frozen = []
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no layer marked that an interrupted step has left."""
+        self._unmark()
 
     # What the hooks are made of.
 
@@ -169,6 +186,11 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             return trainer.global_step < self.steps
         limit = self.freeze_last_layer if target.head is None else target.head.freeze_last_layer
         return limit is not None and trainer.current_epoch + epochs_ahead < limit
+
+    def _unmark(self) -> None:
+        for target in self._targets:
+            if isinstance(target.module, Prototypes):
+                target.module.frozen = False
 
     def _cancel(self, target: Target, trainer: Trainer) -> None:
         if not target.record.cancelled:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def cross_entropies_(teacher: Tensor, student: Tensor, total: Tensor) -> Tensor:
@@ -70,7 +69,6 @@ class LogitsObjective(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Scale what forward has kept."""
         (gradient,) = ctx.saved_tensors
@@ -129,7 +127,6 @@ class FactoredObjective(torch.autograd.Function):
         return loss / count
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Scale what forward has kept."""
         gradients = [_scaled(kept, grad, dtype) for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
@@ -189,6 +186,26 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def _scaled(kept: Tensor | None, grad: Tensor, dtype: torch.dtype) -> Tensor | None:
     if kept is None:
         return None
+    if torch.compiler.is_compiling():
+        return (kept * grad).to(dtype)
     # Nothing to do for the usual gradient of 1; but on a GPU the comparison would wait for the device.
-    is_one = grad.device.type == "cpu" and not torch.compiler.is_compiling() and grad.item() == 1
-    return (kept if is_one else kept * grad).to(dtype)
+    is_one = grad.device.type == "cpu" and grad.item() == 1
+    gradient = (kept if is_one else kept.mul(grad)).to(dtype)
+    if torch.is_grad_enabled():  # in a backward with create_graph=True
+        gradient = _NotDifferentiable.apply(gradient, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+    return gradient
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    """The gradient, unchanged, for those who would differentiate it: it is a constant only in appearance."""
+
+    @staticmethod
+    def forward(_ctx: Any, gradient: Tensor, _link: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(_ctx: Any, _grad: Tensor) -> Any:
+        raise RuntimeError(
+            "the DINO loss can be differentiated once: it computes its gradients in forward. For a second derivative, "
+            "write the loss out with softmax and log_softmax"
+        )

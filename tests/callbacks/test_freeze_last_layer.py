@@ -338,6 +338,7 @@ def test_instances_that_freeze_the_same_layer_are_no_false_alarm(limits):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at all attributes
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated")  # and makes instances of functions
 def test_a_compiled_head_named_means_its_last_layer():
     module = Toy()
     mlp = module.student["head"].layers[0].weight

@@ -1,0 +1,460 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import workers
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dino_head import FactoredLogits, dino_loss
+from dino_head.functional import sinkhorn_center, sum_logits
+
+REFERENCE = Path(__file__).parent / "reference"
+VIEWS = [(1, 2), (1, 4), (2, 2), (2, 5), (3, 3), (3, 5)]
+OPTIONS = {"teacher_temp": 0.07, "student_temp": 0.1}
+
+
+def oracle(teacher, student, center, teacher_temp, student_temp) -> float:
+    """The definition, sum by sum in float64."""
+    teacher, student, center = (np.asarray(array, dtype=np.float64) for array in (teacher, student, center))
+    losses = []
+    for t in range(len(teacher)):
+        for s in range(len(student)):
+            for b in range(teacher.shape[1]):
+                if s != t:
+                    p = np.exp((teacher[t, b] - center) / teacher_temp)
+                    z = student[s, b] / student_temp
+                    losses.append(-(p / p.sum() * (z - np.log(np.exp(z).sum()))).sum())
+    return float(np.mean(losses))
+
+
+def plain(teacher, student, center=0.0, teacher_temp=0.07, student_temp=0.1):
+    """The loop over pairs, in the logits' own way; probabilities in float32 at least."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    p = ((teacher.to(dtype) - center) / teacher_temp).softmax(dim=-1)
+    log_q = (student.to(dtype) / student_temp).log_softmax(dim=-1)
+    pairs = [(t, s) for t in range(len(p)) for s in range(len(log_q)) if s != t]
+    return torch.stack([-(p[t] * log_q[s]).sum(dim=-1).mean() for t, s in pairs]).mean()
+
+
+def factors(views_t=2, views_s=5, samples=7, width=16, outputs=200, dtype=torch.float32):
+    """Both sides; the student's tensors require gradients."""
+    torch.manual_seed(0)
+    sides = []
+    for views in (views_t, views_s):
+        z = F.normalize(torch.randn(views, samples, width, dtype=torch.float64), dim=-1)
+        prototypes = F.normalize(torch.randn(outputs, width, dtype=torch.float64), dim=-1)
+        sides.append(FactoredLogits(z.to(dtype), prototypes.to(dtype)))
+    center = 0.1 * torch.randn(1, 1, outputs, dtype=torch.float64).to(dtype)
+    for tensor in sides[1]:
+        tensor.requires_grad_()
+    return *sides, center
+
+
+class Watch(TorchDispatchMode):
+    """Notes the largest result of any operation, in elements, and counts the products of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest, self.products = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.largest = max(self.largest, result.numel())
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+        return result
+
+
+@pytest.mark.parametrize(("views_t", "views_s"), VIEWS)
+def test_equals_the_definition(views_t, views_s):
+    torch.manual_seed(0)
+    teacher, student, center = torch.randn(views_t, 3, 7), torch.randn(views_s, 3, 7), torch.randn(1, 1, 7)
+    value = dino_loss(teacher, student, center=center, teacher_temp=0.5, student_temp=0.2)
+    assert value.item() == pytest.approx(oracle(teacher, student, center[0, 0], 0.5, 0.2), rel=1e-5)
+
+
+@pytest.mark.parametrize("samples_in_a_block", [0, 1, 3, 7])  # 0: not even one fits
+@pytest.mark.parametrize(("views_t", "views_s"), VIEWS)
+def test_loss_and_gradients_from_logits_and_from_blocks_equal_the_plain_loop(views_t, views_s, samples_in_a_block):
+    truth_t, truth_s, truth_center = factors(views_t, views_s, dtype=torch.float64)
+    truth = plain(truth_t.logits(), truth_s.logits(), truth_center)
+    gradients = torch.autograd.grad(truth, truth_s)
+    teacher, student, center = factors(views_t, views_s)
+    size = max(1, samples_in_a_block * (views_t + views_s + 1) * 200 * 4)
+    for out in ((teacher, student), (teacher.logits(), student.logits())):
+        value = dino_loss(*out, center=center, block_bytes=size, **OPTIONS)
+        torch.testing.assert_close(value.double(), truth, rtol=1e-5, atol=0)
+        for ours, expected in zip(torch.autograd.grad(value, student), gradients, strict=True):
+            torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("views", [(1, 2), (2, 2), (2, 4)])
+def test_gradients_in_float64(views):
+    teacher, student, center = factors(*views, samples=3, width=4, outputs=5, dtype=torch.float64)
+
+    def factored(z, prototypes):
+        return dino_loss(
+            teacher, FactoredLogits(z, prototypes), center=center, block_bytes=2 * 5 * 8 * (sum(views) + 1)
+        )
+
+    assert torch.autograd.gradcheck(factored, tuple(student))
+    assert torch.autograd.gradcheck(
+        lambda s: dino_loss(teacher.logits(), s), student.logits().detach().requires_grad_()
+    )
+
+
+@pytest.mark.parametrize("views", [[2, 3], [1, 4]])
+def test_lists_of_views_are_stacked(views):
+    teacher, student, _ = factors(*views)
+    teacher, student = teacher.logits(), student.logits().detach().requires_grad_()
+    stacked = dino_loss(teacher, student)
+    (expected,) = torch.autograd.grad(stacked, student)
+    chunks = student.flatten(0, 1).chunk(len(student))  # as the authors' loop makes them
+    listed = dino_loss(list(teacher), chunks)
+    assert torch.equal(listed, stacked)
+    assert torch.equal(torch.autograd.grad(listed, student)[0], expected)
+
+
+def test_the_teacher_gets_no_gradient():
+    teacher, student, _ = factors()
+    teacher = FactoredLogits(*(tensor.clone().requires_grad_() for tensor in teacher))
+    dino_loss(teacher, student).backward()
+    assert [tensor.grad for tensor in teacher] == [None, None]
+    assert all(tensor.grad.abs().sum() > 0 for tensor in student)
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_inputs_are_left_as_they_are(factored):
+    teacher, student, center = factors()
+    inputs = [*teacher, *student, center] if factored else [teacher.logits(), student.logits().detach(), center]
+    before = [tensor.clone() for tensor in inputs]
+    out = (teacher, student) if factored else (inputs[0], inputs[1].requires_grad_())
+    dino_loss(*out, center=center).backward()
+    assert all(map(torch.equal, inputs, before))
+
+
+# What is kept from forward to backward.
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_two_backwards_give_twice_the_gradient(factored):
+    teacher, student, _ = factors()
+    leaves = tuple(student) if factored else (student.logits().detach().requires_grad_(),)
+    out = (teacher, student) if factored else (teacher.logits(), *leaves)
+    once = torch.autograd.grad(dino_loss(*out), leaves)
+    loss = dino_loss(*out)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for leaf, gradient in zip(leaves, once, strict=True):
+        assert torch.equal(leaf.grad, 2 * gradient)
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_a_double_backward_raises(factored):
+    teacher, student, _ = factors()
+    leaf = student.z if factored else student.logits().detach().requires_grad_()
+    loss = dino_loss(teacher, student) if factored else dino_loss(teacher.logits(), leaf)
+    loss = 3 * loss
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        (loss + gradient.square().sum()).backward()
+
+
+def test_a_scaled_loss_scales_the_gradients():
+    teacher, student, _ = factors()
+    once = torch.autograd.grad(dino_loss(teacher, student), student)
+    scaled = torch.autograd.grad(dino_loss(teacher, student) * 2.0**16, student)
+    assert all(torch.equal(a * 2.0**16, b) for a, b in zip(once, scaled, strict=True))
+
+
+def test_a_grad_scaler_finds_what_float16_would_have_lost():
+    teacher, student, _ = factors(samples=64, outputs=1000)
+    truth = torch.autograd.grad(dino_loss(teacher, student), student)
+    halves = FactoredLogits(*(tensor.detach().half().requires_grad_() for tensor in student))
+    with torch.autocast("cpu", torch.float16):
+        loss = dino_loss(teacher, halves)
+    for ours, expected in zip(torch.autograd.grad(loss * 2.0**14, halves), truth, strict=True):
+        assert ours.dtype == torch.float16  # of the tensor it belongs to
+        assert (ours.float() / 2.0**14 - expected).norm() < 0.005 * expected.norm()
+        assert (ours == 0).float().mean() < (expected.half() == 0).float().mean() + 0.001
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_without_grad_mode_nothing_is_computed_for_it(factored):
+    teacher, student, _ = factors()
+    expected = dino_loss(teacher, student)
+    with torch.no_grad(), Watch() as watch:
+        value = dino_loss(teacher, student) if factored else dino_loss(teacher.logits(), student.logits())
+    torch.testing.assert_close(value, expected.detach())
+    assert not value.requires_grad
+    assert watch.products == 2  # the logits of both sides
+
+
+@pytest.mark.parametrize(("needs_z", "needs_prototypes"), [(True, True), (True, False), (False, True)])
+def test_only_the_products_that_are_asked_for_are_computed(needs_z, needs_prototypes):
+    teacher, student, _ = factors()
+    expected = torch.autograd.grad(dino_loss(teacher, student), student)
+    leaves = FactoredLogits(
+        student.z.detach().requires_grad_(needs_z), student.prototypes.detach().requires_grad_(needs_prototypes)
+    )
+    with Watch() as watch:
+        dino_loss(teacher, leaves).backward()
+    assert watch.products == 2 + needs_z + needs_prototypes
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        assert (leaf.grad is not None) == leaf.requires_grad
+        assert leaf.grad is None or torch.equal(leaf.grad, gradient)
+
+
+# Memory and precision.
+
+
+@pytest.mark.parametrize(
+    "work", [dino_loss, lambda teacher, student, **options: sinkhorn_center(teacher, 0.1, **options)]
+)
+def test_no_more_than_a_block_of_logits_is_in_memory(work):
+    teacher, student, _ = factors(samples=64, outputs=2000)
+    budget = 8 * (2 + 5 + 1) * 2000 * 4
+    with Watch() as watch:
+        work(teacher, student, block_bytes=budget)
+    assert 2000 * 16 < watch.largest <= budget // 4
+    with Watch() as watch:
+        work(teacher.logits(), student.logits(), block_bytes=budget)
+    assert watch.largest >= 2 * 64 * 2000  # it can fail
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_error_is_that_of_the_plain_formula(dtype):
+    truth_t, truth_s, truth_center = factors(samples=32, outputs=500, dtype=torch.float64)
+    truth = plain(truth_t.logits(), truth_s.logits(), truth_center)
+    gradients = torch.autograd.grad(truth, truth_s)
+    teacher, student, center = factors(samples=32, outputs=500)
+    losses, errors = {}, {}
+    for name in ("plain", "factored"):
+        with torch.autocast("cpu", dtype):
+            if name == "plain":
+                losses[name] = plain(teacher.logits(), student.logits(), center)
+            else:
+                losses[name] = dino_loss(teacher, student, center=center, block_bytes=30_000)
+        scale = 2.0**12  # as a GradScaler's
+        found = torch.autograd.grad(losses[name] * scale, student)
+        errors[name] = [
+            (gradient.double() / scale - expected).norm().item()
+            for gradient, expected in zip(found, gradients, strict=True)
+        ]
+    assert losses["factored"].dtype == torch.float32
+    assert abs(losses["factored"].item() - truth.item()) < 2 * abs(losses["plain"].item() - truth.item()) + 1e-4
+    for ours, theirs, expected in zip(errors["factored"], errors["plain"], gradients, strict=True):
+        assert 1e-5 * expected.norm() < ours < 1.2 * theirs  # low precision, and no worse
+
+
+def test_autocast_leaves_float64_alone():
+    teacher, student, _ = factors(dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = dino_loss(teacher, student)
+    assert value.item() == dino_loss(teacher, student).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_logits_make_a_float32_loss(dtype):
+    torch.manual_seed(0)
+    teacher, student = torch.randn(2, 3, 16).to(dtype), torch.randn(4, 3, 16).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        value = dino_loss(teacher, student)
+    torch.testing.assert_close(value, dino_loss(teacher.float(), student.float()))
+    assert torch.autograd.grad(value, student)[0].dtype == dtype
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_finite_at_any_scale_of_the_logits(scale):
+    torch.manual_seed(0)
+    teacher, student = scale * torch.randn(2, 3, 50), (scale * torch.randn(4, 3, 50)).requires_grad_()
+    value = dino_loss(teacher, student)
+    value.backward()
+    truth = plain(teacher.double(), student.detach().double())
+    assert value.item() == pytest.approx(truth.item(), rel=1e-5)
+    assert student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("factored", [True, False])
+@pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated")  # the compiler's own
+def test_compiled_without_a_graph_break(factored):
+    teacher, student, center = factors()
+    leaves = tuple(student) if factored else (student.logits().detach().requires_grad_(),)
+    out = (teacher, student) if factored else (teacher.logits(), *leaves)
+    compiled = torch.compile(lambda *out: dino_loss(*out, center=center), backend="aot_eager", fullgraph=True)
+    for value in (dino_loss(*out, center=center), compiled(*out)):
+        gradients = torch.autograd.grad(value, leaves)
+        reference = plain(teacher.logits(), student.logits() if factored else leaves[0], center)
+        torch.testing.assert_close(value, reference, rtol=1e-5, atol=0)
+        torch.testing.assert_close(gradients, torch.autograd.grad(reference, leaves), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("factored", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_it_equals_the_cpu_and_never_waits_for_the_device(factored, dtype):
+    teacher, student, center = factors(samples=32)
+    moved = [FactoredLogits(*(tensor.detach().cuda() for tensor in side)) for side in (teacher, student)]
+    leaves = [tensor.requires_grad_() for tensor in moved[1]]
+    out = moved if factored else [side.logits() for side in moved]
+    center_there = center.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            value = dino_loss(*out, center=center_there, block_bytes=30_000)
+        value.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    expected = dino_loss(teacher, student, center=center)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(value.cpu(), expected, rtol=tolerance, atol=0)
+    for leaf, gradient in zip(leaves, torch.autograd.grad(expected, student), strict=True):
+        assert (leaf.grad.cpu() - gradient).norm() < tolerance * gradient.norm()
+
+
+# Sinkhorn.
+
+
+@pytest.mark.parametrize("iterations", [1, 3, 5])
+@pytest.mark.parametrize("factored", [True, False])
+def test_sinkhorn_equals_the_reference(iterations, factored):
+    figures = {name: torch.from_numpy(value) for name, value in np.load(REFERENCE / "sinkhorn_dinov2.npz").items()}
+    temp, logits = float(figures["temp"]), figures["teacher"].unsqueeze(0)  # (1, N, K)
+    out = FactoredLogits(logits, torch.eye(logits.shape[-1])) if factored else logits
+    center = sinkhorn_center(out, temp, iterations=iterations, block_bytes=2000)
+    expected = figures[f"probs_{iterations}"]
+    torch.testing.assert_close(((logits[0] - center) / temp).softmax(dim=-1), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sinkhorn_takes_the_samples_of_all_views_together():
+    teacher, _, _ = factors(dtype=torch.float64)
+    logits = teacher.logits()
+    mass = (logits.flatten(0, 1) / 0.1).exp().T  # (K, T B), as the paper writes it
+    for _ in range(3):
+        mass = mass / mass.sum(dim=1, keepdim=True)
+        mass = mass / mass.sum(dim=0, keepdim=True)
+    for out, size in ((logits, 1), (teacher, 1), (teacher, 2**20)):
+        center = sinkhorn_center(out, 0.1, block_bytes=size)
+        found = ((logits - center) / 0.1).softmax(dim=-1).flatten(0, 1)
+        torch.testing.assert_close(found, mass.T, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [3.0, 1e4])
+def test_sinkhorn_is_finite_where_the_exponential_is_not(scale):
+    torch.manual_seed(0)
+    logits = scale * torch.randn(2, 16, 64)
+    assert not (logits / 0.07).exp().isfinite().all()
+    center = sinkhorn_center(logits, 0.07)
+    assert center.isfinite().all()
+    probabilities = ((logits - center) / 0.07).softmax(dim=-1)
+    torch.testing.assert_close(probabilities.sum(dim=-1), torch.ones(2, 16))
+
+
+def test_sinkhorn_spreads_the_samples_over_the_prototypes():
+    teacher, _, _ = factors(samples=100, outputs=20)
+    logits = teacher.logits() + torch.linspace(0, 1, 20)  # the last prototypes are far ahead
+    center = sinkhorn_center(logits, 0.1, iterations=30)
+    shares = ((logits - center) / 0.1).softmax(dim=-1).mean(dim=(0, 1))
+    torch.testing.assert_close(shares, torch.full((20,), 1 / 20), rtol=1e-2, atol=0)
+    assert (logits / 0.1).softmax(dim=-1).mean(dim=(0, 1)).max() > 0.2
+
+
+# Sums, and arguments.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_sums_of_logits_from_factors(dtype):
+    teacher, _, _ = factors()
+    expected = teacher.logits().double().sum(dim=(0, 1)).float()
+    out = FactoredLogits(*(tensor.to(dtype) for tensor in teacher))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = (sum_logits(out), sum_logits(teacher.logits().float()))
+    assert [tensor.dtype for tensor in found] == [torch.float32, torch.float32]
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-2)
+    assert sum_logits(teacher.logits()).dtype == torch.float32
+
+
+def logits(*shape):
+    return torch.zeros(shape)
+
+
+def factored(views, samples, width, outputs):
+    return FactoredLogits(torch.zeros(views, samples, width), torch.zeros(outputs, width))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "message"),
+    [
+        (logits(2, 3, 16), logits(4, 5, 16), "the same B and K"),
+        (logits(2, 3, 16), logits(4, 3, 8), "the same B and K"),
+        (factored(2, 3, 4, 16), factored(4, 5, 4, 16), "the same B and K"),
+        (factored(2, 3, 4, 16), factored(4, 3, 4, 8), "the same B and K"),
+        (logits(4, 3, 16), logits(2, 3, 16), "at least as many"),
+        (factored(4, 3, 4, 16), factored(2, 3, 4, 16), "at least as many"),
+        (logits(1, 3, 16), logits(1, 3, 16), "no pair of different views"),
+        (factored(1, 3, 4, 16), factored(1, 3, 4, 16), "no pair of different views"),
+        ([logits(3, 16)], [logits(3, 16)], "no pair of different views"),
+        (logits(2, 0, 16), logits(4, 0, 16), "at least one sample"),
+        (factored(2, 0, 4, 16), factored(4, 0, 4, 16), "at least one sample"),
+        (logits(6, 16), logits(12, 16), r"expects logits \(V, B, K\) of V views, got \(6, 16\): stack"),
+        (FactoredLogits(logits(6, 4), logits(16, 4)), factored(4, 3, 4, 16), r"expects z \(V, B, D\) of V views, got"),
+        (FactoredLogits(logits(2, 3, 4), logits(16, 5)), factored(4, 3, 4, 16), r"of the same D, got \(2, 3, 4\) and"),
+        (logits(2, 3, 16), factored(4, 3, 4, 16), "or both FactoredLogits, got Tensor and FactoredLogits"),
+        (logits(2, 3, 16).long(), logits(4, 3, 16), "floating-point logits, got torch.int64"),
+        ([], logits(4, 3, 16), r"a list of views must hold logits \(B, K\) of one shape, got \[\]"),
+        ([logits(3, 16), logits(4, 16)], logits(4, 3, 16), r"of one shape, got \[\(3, 16\), \(4, 16\)\]"),
+        ([factored(1, 3, 4, 16)] * 2, logits(4, 3, 16), "one FactoredLogits with the z of all views"),
+    ],
+)  # fmt: skip
+def test_outputs_that_do_not_fit(teacher, student, message):
+    with pytest.raises(ValueError, match=message):
+        dino_loss(teacher, student)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher_temp": 0}, "teacher_temp must be a number"),
+        ({"student_temp": -1}, "student_temp must be a number"),
+        ({"block_bytes": 0}, "block_bytes must be an integer >= 1"),
+    ],
+)
+def test_arguments_of_the_loss(options, message):
+    with pytest.raises(ValueError, match=message):
+        dino_loss(logits(2, 3, 16), logits(4, 3, 16), **options)
+
+
+@pytest.mark.parametrize(
+    ("temp", "options", "message"),
+    [(0.0, {}, "teacher_temp must be"), (0.1, {"iterations": 0}, "iterations must be an integer >= 1, got 0")],
+)
+def test_arguments_of_sinkhorn(temp, options, message):
+    with pytest.raises(ValueError, match=message):
+        sinkhorn_center(logits(2, 3, 16), temp, **options)
+
+
+def test_uniform_sides_cost_ln_k():
+    assert dino_loss(factored(2, 3, 4, 16), factored(4, 3, 4, 16)).item() == pytest.approx(math.log(16))
+
+
+# Sharded.
+
+
+def test_under_fully_shard_gradients_are_exact(tmp_path):
+    results = workers.run(workers.sharded_heads, tmp_path)
+    for rank in results:
+        for index, norm_last_layer in enumerate((True, False, None)):
+            head, views = workers.sharded_case(norm_last_layer)
+            workers.head_loss(head, views).backward()
+            unfrozen, frozen = rank[2 * index : 2 * index + 2]
+            expected = {name: p.grad for name, p in head.named_parameters() if p.requires_grad}
+            assert unfrozen.keys() == frozen.keys() == expected.keys()
+            for name, gradient in expected.items():
+                largest = gradient.abs().max().item()
+                assert largest > 0
+                torch.testing.assert_close(unfrozen[name], gradient, rtol=1e-5, atol=1e-5 * largest)
+                held = torch.zeros_like(gradient) if name.startswith("last_layer") else gradient
+                torch.testing.assert_close(frozen[name], held, rtol=1e-5, atol=1e-5 * largest)

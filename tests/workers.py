@@ -1,0 +1,69 @@
+"""What two processes do in tests, and the pool that runs it. Importable by name, so that started processes find it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from dino_head import DINOLoss, DINOProjectionHead, dino_loss
+
+
+def run(work: Callable[[int, Path], Any], folder: Path, processes: int = 2) -> list[Any]:
+    """What `work(rank, folder)` returns in each process of a gloo group."""
+    torch.multiprocessing.spawn(_start, (work, folder, processes), nprocs=processes)
+    return [torch.load(folder / f"result{rank}.pt") for rank in range(processes)]
+
+
+def _start(rank: int, work: Callable[[int, Path], Any], folder: Path, processes: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
+    try:
+        torch.save(work(rank, folder), folder / f"result{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def objective(loss: DINOLoss, teacher: torch.Tensor, student: torch.Tensor) -> dict[str, Any]:
+    """Three training calls."""
+    student = student.clone().requires_grad_()
+    for _ in range(3):
+        value = loss(teacher, student)
+    (gradient,) = torch.autograd.grad(value, student)
+    return {"loss": value.detach(), "gradient": gradient, "center": loss.center}
+
+
+def objective_of_my_samples(rank: int, folder: Path) -> dict[str, Any]:
+    """The first process takes 2 samples, the second the others."""
+    centering, teacher, student = torch.load(folder / "input.pt")
+    part = slice(0, 2) if rank == 0 else slice(2, None)
+    return objective(DINOLoss(teacher.shape[-1], centering=centering), teacher[:, part], student[:, part])
+
+
+def sharded_heads(rank: int, folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Full gradients of sharded heads, normed and plain, frozen or not, on this process's half of the samples."""
+    results = []
+    for norm_last_layer in (True, False, None):
+        for frozen in (False, True):
+            head, views = sharded_case(norm_last_layer)
+            head.last_layer.frozen = frozen
+            register_fsdp_forward_method(fully_shard(head), "factored_logits")
+            head_loss(head, views[:, 2 * rank : 2 * rank + 2]).backward()
+            results.append({name: p.grad.full_tensor() for name, p in head.named_parameters() if p.requires_grad})
+    return results
+
+
+def sharded_case(norm_last_layer: bool | None) -> tuple[DINOProjectionHead, torch.Tensor]:
+    torch.manual_seed(0)
+    head = DINOProjectionHead(8, 8, 4, 32, batch_norm=False, norm_last_layer=norm_last_layer)
+    for parameter in head.layers.parameters():
+        parameter.data = 0.5 * torch.randn_like(parameter)
+    return head, torch.randn(3, 4, 8)
+
+
+def head_loss(head: DINOProjectionHead, views: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        teacher = head.factored_logits(views[:2].flip(0))
+    return dino_loss(teacher, head.factored_logits(views))
