@@ -6,7 +6,7 @@ import pytest
 import torch
 import workers
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import Watch
 
 from dino_head import FactoredLogits, dino_loss
 from dino_head.functional import sinkhorn_center, sum_logits
@@ -51,21 +51,6 @@ def factors(views_t=2, views_s=5, samples=7, width=16, outputs=200, dtype=torch.
     for tensor in sides[1]:
         tensor.requires_grad_()
     return *sides, center
-
-
-class Watch(TorchDispatchMode):
-    """Notes the largest result of any operation, in elements, and counts the products of matrices."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest, self.products = 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not function.is_view:
-            self.largest = max(self.largest, result.numel())
-        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
-        return result
 
 
 @pytest.mark.parametrize(("views_t", "views_s"), VIEWS)

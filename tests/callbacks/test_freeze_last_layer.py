@@ -298,6 +298,72 @@ def test_two_processes_stay_frozen_and_identical(tmp_path):
         assert not torch.equal(ranks[0]["student.head.layers.0.weight"], module.student["head"].layers[0].weight)
 
 
+@pytest.mark.parametrize("form", ["find_unused_parameters", "static_graph", "gradient_as_bucket_view"])
+def test_every_form_of_ddp_is_content(form, tmp_path):
+    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", **{form: True})
+    callbacks = [FreezeLastLayerCallback(), SaveRank(tmp_path)]
+    trainer(*callbacks, strategy=strategy, devices=2).fit(Toy(), loader())
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(value, ranks[1][key]) for key, value in ranks[0].items())
+    assert "frozen for 4 optimizer steps, bitwise" in (tmp_path / "rank1.txt").read_text()
+
+
+# The saving: while it is frozen, no gradient is computed for the layer.
+
+
+class Marks(Callback):
+    """Notes in which batches the layer is marked as frozen, and whether it is outside of them."""
+
+    def __init__(self):
+        self.inside, self.outside = [], []
+
+    def on_after_backward(self, trainer, pl_module):
+        self.inside.append(pl_module.student["head"].last_layer.frozen)
+
+    def note(self, trainer, pl_module, *_):
+        self.outside.append(pl_module.student["head"].last_layer.frozen)
+
+    on_train_start = on_validation_start = on_train_epoch_end = on_train_end = on_save_checkpoint = note
+
+
+@pytest.mark.parametrize("norm_last_layer", [True, False, None])
+@pytest.mark.parametrize("arguments", [{}, {"steps": 8}, {"freeze_last_layer": 2, "module": "student.head.last_layer"}])
+def test_frozen_layers_are_marked_in_training_batches_alone(arguments, norm_last_layer, tmp_path):
+    module, marks = Toy(norm_last_layer=norm_last_layer), Marks()
+    module.validation_step = module.training_step
+    run = trainer(FreezeLastLayerCallback(**arguments), marks, enable_checkpointing=True, default_root_dir=tmp_path)
+    run.fit(module, loader(), loader())
+    assert marks.inside == [True] * 8 + [False] * 4
+    assert len(marks.outside) > 8
+    assert not any(marks.outside)
+
+
+def test_an_interrupted_batch_leaves_no_mark():
+    module = Toy()
+    module.configure_gradient_clipping = lambda *args: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fit(module, FreezeLastLayerCallback())
+    assert module.student["head"].last_layer.frozen is False
+
+
+def test_manual_optimization_with_a_limit_in_steps_goes_without_the_mark():
+    marks = Marks()
+    fit(Manual("lightning"), FreezeLastLayerCallback(steps=6), marks)
+    assert marks.inside == [False] * 12
+
+
+@pytest.mark.parametrize("norm_last_layer", [True, False, None])
+def test_the_saving_changes_no_result(norm_last_layer, monkeypatch):
+    states = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        module = Toy(norm_last_layer=norm_last_layer)
+        trainer(FreezeLastLayerCallback(), gradient_clip_val=0.5).fit(module, loader())
+        states.append(module.state_dict())
+        monkeypatch.setattr(FreezeLastLayerCallback, "on_train_batch_start", lambda *args: None)
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
 # What a newcomer to the code would get wrong.
 
 
