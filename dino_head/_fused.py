@@ -38,14 +38,17 @@ def cross_entropies_(teacher: Tensor, student: Tensor, total: Tensor) -> Tensor:
 
 
 def gradients_(targets: Tensor, student: Tensor, total: Tensor, scale: float) -> None:
-    """The gradient in the student's logits over temperature, times `scale`: n_s q_s - sum_{t != s} p_t.
+    """What `cross_entropies_` left -> in place of `student`, the gradient in it times `scale`.
 
-    Takes what `cross_entropies_` left, and puts the result in place of `student`.
+    The gradient is n_s q_s - sum_{t != s} p_t. (A scale of -1 costs the least.)
     """
     views = len(targets)
     global_views, local_views = student[:views], student[views:]
-    torch.add(targets.mul_(-scale), global_views, alpha=scale * (views - 1), out=global_views)
-    torch.add(total.mul_(-scale), local_views, alpha=scale * views, out=local_views)
+    if scale != -1:
+        targets.mul_(-scale)
+        total.mul_(-scale)
+    torch.add(targets, global_views, alpha=scale * (views - 1), out=global_views)
+    torch.add(total, local_views, alpha=scale * views, out=local_views)
 
 
 class LogitsObjective(torch.autograd.Function):
@@ -101,13 +104,10 @@ class FactoredObjective(torch.autograd.Function):
         count, views = _count(teacher_z, student_z), (len(teacher_z), len(student_z), 1)
         teacher_prototypes, prototypes = teacher_prototypes.to(dtype), student_prototypes.to(dtype)
         memory = BlockMemory(views, student_z.shape[1], prototypes, block_bytes)
-        # In float16 a gradient must be large enough not to vanish, and small enough for its sums over all rows.
-        scale = 1.0 if memory.low is None else 2.0**15 / (len(memory.low) * len(teacher_z))
-        unscale = 1 / (scale * student_temp * count)
-
+        scale = -1 / (memory.scale * student_temp * count)  # of the negative gradient's products
         loss = memory.sums.new_zeros(())
         grad_z = torch.empty_like(student_z, dtype=loss.dtype) if needs_z else None
-        grad_prototypes = torch.zeros_like(prototypes, dtype=loss.dtype) if needs_prototypes else None
+        grad_prototypes = torch.empty_like(prototypes, dtype=loss.dtype) if needs_prototypes else None
         for part in memory.parts:
             z = student_z[:, part].to(dtype).flatten(end_dim=1)  # (S b, D)
             teacher, student, total = memory.views(part)
@@ -115,14 +115,12 @@ class FactoredObjective(torch.autograd.Function):
             memory.multiply_(student, z, prototypes, student_temp)
             loss += cross_entropies_(teacher.sub_(center / teacher_temp), student, total[0])
             if needs_z or needs_prototypes:
-                gradients_(teacher, student, total[0], scale)
-                gradient = memory.lowered(student)  # (S b, K)
+                gradients_(teacher, student, total[0], -1.0)
+                negative = memory.lowered(student)  # (S b, K)
             if grad_z is not None:
-                grad_z[:, part] = (gradient @ prototypes).to(loss.dtype).mul_(unscale).view_as(grad_z[:, part])
-            if grad_prototypes is not None and memory.low is None:
-                grad_prototypes.addmm_(gradient.T, z, alpha=unscale)
-            elif grad_prototypes is not None:
-                grad_prototypes.add_(gradient.T @ z, alpha=unscale)
+                grad_z[:, part] = (negative @ prototypes).to(loss.dtype).mul_(scale).view_as(grad_z[:, part])
+            if grad_prototypes is not None:
+                memory.add_product_(grad_prototypes, negative.T, z, scale, is_first=part.start == 0)
         ctx.save_for_backward(grad_z, grad_prototypes)
         return loss / count
 
@@ -153,6 +151,8 @@ class BlockMemory:
         self.sizes = views
         self.sums = prototypes.new_empty(sum(views) * longest, outputs, dtype=sum_dtype)
         self.low = prototypes.new_empty(max(views) * longest, outputs) if is_low else None
+        # In float16 a gradient must be large enough not to vanish, and small enough for its sums over all rows.
+        self.scale = 2.0**14 / (max(views) * longest) if is_low else 1.0
 
     def views(self, part: slice) -> tuple[Tensor, ...]:
         """Contiguous memory (views, b, K) for each of `views`."""
@@ -169,9 +169,18 @@ class BlockMemory:
             rows.copy_(product)
 
     def lowered(self, values: Tensor) -> Tensor:
-        """(views, b, K) -> (views b, K) in the type of the products."""
+        """(views, b, K) -> (views b, K) in the type of the products, times `scale`."""
         rows = values.flatten(end_dim=1)
-        return rows if self.low is None else self.low[: len(rows)].copy_(rows)
+        return rows if self.low is None else torch.mul(rows, self.scale, out=self.low[: len(rows)])
+
+    def add_product_(self, total: Tensor, a: Tensor, b: Tensor, scale: float, *, is_first: bool) -> None:
+        """`total` += scale a @ b; the first time `total` has no values yet."""
+        if self.low is None:
+            torch.addmm(total, a, b, beta=0 if is_first else 1, alpha=scale, out=total)
+        elif is_first:
+            torch.mul(a @ b, total.new_full((1,), scale), out=total)  # with a dimension: float32 takes part
+        else:
+            total.add_(a @ b, alpha=scale)
 
 
 def _count(teacher: Tensor, student: Tensor) -> int:

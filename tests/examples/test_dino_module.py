@@ -6,9 +6,9 @@ from dino_module import DINO
 from torch import nn
 from torch.utils.data import DataLoader
 from toy import trainer
-from views import crops, tiny_dino, view_loader
+from views import TinyDINO, crops, tiny_dino, view_loader
 
-from dino_head import dino_loss
+from dino_head import FactoredLogits, dino_loss
 from dino_head.callbacks import FreezeLastLayerCallback, TeacherUpdateCallback
 
 
@@ -26,6 +26,28 @@ def test_a_training_step_is_the_loss_of_the_definition():
     module.log = lambda *args, **kwargs: None
     module._trainer = trainer()
     assert module.training_step(views, 0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_it_never_makes_the_logits(monkeypatch):
+    monkeypatch.setattr(FactoredLogits, "logits", lambda *args: pytest.fail("multiplied"))
+    trainer(max_epochs=1).fit(tiny_dino(), view_loader())
+
+
+def test_a_run_on_logits_ends_with_the_same_weights():
+    class OnLogits(TinyDINO):
+        def outputs(self, side, views):
+            return super().outputs(side, views).logits()
+
+    states = []
+    for kind in (TinyDINO, OnLogits):
+        torch.manual_seed(0)
+        module = tiny_dino(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        module.__class__ = kind
+        start = copy.deepcopy(module.state_dict())
+        trainer(FreezeLastLayerCallback(), TeacherUpdateCallback(base_momentum=0.9)).fit(module, view_loader())
+        states.append(module.state_dict())
+    torch.testing.assert_close(*states, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(start["student.head.last_layer.weight_v"], states[0]["student.head.last_layer.weight_v"])
 
 
 def test_teacher_and_student_start_equal_and_only_the_student_is_trained():

@@ -1,0 +1,247 @@
+"""What the last layer and the objective cost: time and memory of a forward and a backward, beside the bare products.
+
+    python benchmarks/objective.py                               # the table of the README
+    python benchmarks/objective.py --device cuda --bf16 --batch 64
+
+Every variant takes unit vectors of 2 global and 8 local views and both sides' prototypes, and leaves gradients in the
+student's. Before anything is timed, losses and gradients are compared with those of the loop over pairs.
+Time: interleaved rounds in one process, medians. Memory: a process of its own for each variant; the most that it ever
+held above its inputs, weights and their gradients.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dino_head import FactoredLogits, dino_loss
+
+Side = FactoredLogits
+Variant = Callable[[Side, Side, Tensor], Tensor]
+TEACHER_VIEWS, VIEWS, WIDTH = 2, 10, 256
+TEACHER_TEMP, STUDENT_TEMP = 0.04, 0.1
+
+
+def floor(teacher: Side, student: Side, _: Tensor) -> Tensor:
+    """The matrix products that any exact method needs, and nothing else; the gradients are not the objective's."""
+    z, prototypes = (tensor.to(product_dtype(tensor.device)) for tensor in student)
+    with torch.no_grad():
+        F.linear(teacher.z.flatten(0, 1).to(z.dtype), teacher.prototypes.to(z.dtype))
+        logits = F.linear(z.flatten(0, 1), prototypes)  # stands for the gradient in the logits, too
+        student.prototypes.grad = (logits.T @ z.flatten(0, 1)).float()
+        student.z.grad = (logits @ prototypes).float().view_as(z)
+    return student.z.new_zeros(())
+
+
+def usual_loss(teacher: Tensor, student: Tensor, center: Tensor) -> Tensor:
+    """Stacked views, softmax and log-softmax, and an einsum for all pairs."""
+    teacher = torch.stack(teacher.flatten(0, 1).chunk(TEACHER_VIEWS))
+    student = torch.stack(student.flatten(0, 1).chunk(VIEWS))
+    targets = F.softmax((teacher - center) / TEACHER_TEMP, dim=-1)
+    log_q = F.log_softmax(student / STUDENT_TEMP, dim=-1)
+    entropies = -torch.einsum("tbk,sbk->ts", targets, log_q).fill_diagonal_(0)
+    return entropies.sum() / (entropies.numel() - entropies.diagonal().numel()) / teacher.shape[1]
+
+
+def pairwise_loss(teacher: Tensor, student: Tensor, center: Tensor) -> Tensor:
+    """A loop over pairs of views, as in the authors' code: log-softmax is taken anew for each pair."""
+    targets = F.softmax((teacher.flatten(0, 1) - center[0]) / TEACHER_TEMP, dim=-1)
+    views = (student.flatten(0, 1) / STUDENT_TEMP).chunk(VIEWS)
+    losses = []
+    for t, target in enumerate(targets.chunk(TEACHER_VIEWS)):
+        for s, view in enumerate(views):
+            if s != t:
+                losses.append(torch.sum(-target * F.log_softmax(view, dim=-1), dim=-1).mean())
+    return torch.stack(losses).mean()
+
+
+def our_loss(teacher: Any, student: Any, center: Tensor) -> Tensor:
+    """This library."""
+    return dino_loss(teacher, student, center=center, teacher_temp=TEACHER_TEMP, student_temp=STUDENT_TEMP)
+
+
+def on_logits(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Variant:
+    """As in a training step: the logits live until it returns the loss."""
+
+    def training_step(teacher: Side, student: Side, center: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher.logits()
+        student_logits = student.logits()
+        return loss(teacher_logits, student_logits, center)
+
+    return training_step
+
+
+VARIANTS: dict[str, Variant] = {
+    "floor": floor,
+    "usual": on_logits(usual_loss),
+    "pairwise": on_logits(pairwise_loss),
+    "logits": on_logits(our_loss),
+    "factored": our_loss,
+    "factored frozen": our_loss,  # the prototypes need no gradient
+    "factored bf16": our_loss,  # under autocast
+}
+
+
+def product_dtype(device: torch.device) -> torch.dtype:
+    """Autocast's type where it is on, else float32."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def make(outputs: int, batch: int, device: str) -> tuple[Side, Side, Tensor]:
+    """Random sides and a center."""
+    torch.manual_seed(0)
+    sides = []
+    for views in (TEACHER_VIEWS, VIEWS):
+        z = F.normalize(torch.randn(views, batch, WIDTH, device=device), dim=-1)
+        sides.append(Side(z, F.normalize(torch.randn(outputs, WIDTH, device=device), dim=-1)))
+    for tensor in sides[1]:
+        tensor.requires_grad_()
+    return sides[0], sides[1], 0.01 * torch.randn(1, 1, outputs, device=device)
+
+
+def run(name: str, case: tuple[Side, Side, Tensor], bf16: bool) -> Tensor:
+    """One forward and backward from None as gradients."""
+    teacher, student, center = case
+    for tensor in student:
+        tensor.grad = None
+    student.prototypes.requires_grad_(name != "factored frozen")
+    with torch.autocast(student.z.device.type, torch.bfloat16, enabled=bf16 or name == "factored bf16"):
+        loss = VARIANTS[name](teacher, student, center)
+    if loss.requires_grad:
+        loss.backward()
+    student.prototypes.requires_grad_()
+    return loss.detach()
+
+
+def check(names: list[str], case: tuple[Side, Side, Tensor], bf16: bool) -> None:
+    """Stop if losses or gradients differ from those of the loop over pairs."""
+    student = case[1]
+    expected = run("pairwise", case, bf16)
+    gradients = [tensor.grad for tensor in student]
+    for name in names:
+        if name == "floor":
+            continue
+        tolerance = 5e-2 if bf16 or name == "factored bf16" else 1e-4
+        loss = run(name, case, bf16)
+        differences = {"loss": ((loss - expected).abs() / expected).item()}
+        for part, tensor, gradient in zip(student._fields, student, gradients, strict=True):
+            if gradient is not None and (part, name) != ("prototypes", "factored frozen"):
+                assert tensor.grad is not None
+                differences[part] = ((tensor.grad - gradient).norm() / gradient.norm()).item()
+        if name == "usual":  # a sum of B x K terms in float32: its loss drifts with the batch, not its gradients
+            print(f"loss of {name}: off by {differences.pop('loss'):.1e} (relative)")
+        if max(differences.values()) > tolerance:
+            raise SystemExit(f"{name} differs from the loop over pairs: relative differences {differences}")
+
+
+def seconds(name: str, case: tuple[Side, Side, Tensor], bf16: bool) -> float:
+    """Wall time of a run."""
+    on_gpu = case[2].is_cuda
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run(name, case, bf16)
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def memory_here(name: str, outputs: int, batch: int, device: str, bf16: bool) -> int:
+    """Most bytes that a run held above inputs, weights and their gradients; for a process that does nothing else."""
+    run(name, make(16, 2, device), bf16)  # libraries take their memory at first use
+    case = make(outputs, batch, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(name, case, bf16)
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        before = _status("VmRSS")
+        run(name, case, bf16)
+        peak = _status("VmHWM")
+    gradients = sum(tensor.grad.nbytes for tensor in case[1] if tensor.grad is not None)
+    return peak - before - gradients
+
+
+def _status(key: str) -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)]
+    return int(line.split()[1]) * 1024
+
+
+def measure(outputs: int, batch: int, args: argparse.Namespace) -> list[dict[str, object]]:
+    """A row for each variant."""
+    names = [name for name in VARIANTS if not (args.bf16 and name == "factored bf16")]
+    case = make(outputs, batch, args.device)
+    check(names, case, args.bf16)
+    rounds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name in names:
+            rounds[name].append(seconds(name, case, args.bf16))
+    del case
+    rows = []
+    for name in names:
+        command = [sys.executable, __file__, "--memory-of", name, "--device", args.device]
+        command += ["--prototypes", str(outputs), "--batch", str(batch)] + ["--bf16"] * args.bf16
+        memory = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        row = {"prototypes": outputs, "batch": batch, "variant": name, "rounds": len(rounds[name])}
+        rows.append(row | {"seconds": statistics.median(rounds[name]), "bytes": memory})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line for each variant, with ratios to the floor's time and the factored objective's memory."""
+    lines = ["| K | batch | variant | time, ms | / floor | memory, MiB | / factored |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        of_case = {
+            other["variant"]: other
+            for other in rows
+            if (other["prototypes"], other["batch"]) == (row["prototypes"], row["batch"])
+        }
+        lines.append(
+            f"| {row['prototypes']:,} | {row['batch']} | {row['variant']} | {1000 * row['seconds']:.0f} | "
+            f"{row['seconds'] / of_case['floor']['seconds']:.2f} | {row['bytes'] / 2**20:.0f} | "
+            f"{row['bytes'] / of_case['factored']['bytes']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table, and write it to a file if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prototypes", type=int, nargs="+", default=[4096, 65_536, 262_144], help="K (%(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 128], help="samples (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (%(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--bf16", action="store_true", help="all variants under bf16 autocast")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
+    parser.add_argument("--memory-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        print(memory_here(args.memory_of, args.prototypes[0], args.batch[0], args.device, args.bf16))
+        return
+    rows = []
+    for outputs in args.prototypes:
+        for batch in args.batch:
+            rows += measure(outputs, batch, args)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} threads"
+    where = {"device": device, "machine": platform.machine(), "torch": torch.__version__, "bf16": args.bf16}
+    print(f"{device}, torch {torch.__version__}, median of {args.rounds} rounds")
+    print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps({**where, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
