@@ -60,9 +60,10 @@ class LogitsObjective(torch.autograd.Function):
     ) -> Tensor:
         """See `dino_loss`."""
         count, dtype = _count(teacher, student), _at_least_float32(student.dtype)
-        targets = teacher.to(dtype, copy=True).sub_(center).div_(teacher_temp)
+        targets = teacher.to(dtype, copy=True, memory_format=torch.contiguous_format).sub_(center).div_(teacher_temp)
         # A divisor with a dimension takes part in type promotion: low precision becomes float32 on the way.
-        gradient = student / student.new_full((1,), student_temp, dtype=dtype)
+        gradient = student.new_empty(student.shape, dtype=dtype)
+        torch.div(student, student.new_full((1,), student_temp, dtype=dtype), out=gradient)
         total = torch.empty_like(targets[0])
         loss = cross_entropies_(targets, gradient, total) / count
         if ctx.needs_input_grad[1]:

@@ -46,7 +46,7 @@ def dino_loss(
     Args:
         teacher_out: logits (T, B, K), a list of T tensors (B, K), or FactoredLogits with z (T, B, D).
         student_out: of the same kind, (S, B, K); its first T views are the teacher's, in the same order.
-        center: (1, 1, K) or a number, subtracted from the teacher's logits.
+        center: (K,), (1, 1, K) or a number, subtracted from the teacher's logits.
         teacher_temp: > 0.
         student_temp: > 0.
         block_bytes: memory for a block of logits of FactoredLogits (at least one sample's).
@@ -57,6 +57,7 @@ def dino_loss(
     Raises:
         ValueError: kinds, shapes or types that do not fit, no sample, no pair of different views, or a temperature
             <= 0.
+        RuntimeError: in a second derivative.
 
     >>> dino_loss(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16))  # uniform on both sides: ln 16
     tensor(2.7726)
@@ -66,6 +67,13 @@ def dino_loss(
     check_integer("block_bytes", block_bytes, 1)
     teacher, student = _detached(stacked(teacher_out)), stacked(student_out)
     _check_sides(teacher, student)
+    if isinstance(center, Tensor):
+        if center.numel() != output_dim(teacher):
+            raise ValueError(
+                f"center must be a number or hold one for each of K = {output_dim(teacher)} prototypes, got "
+                f"{tuple(center.shape)}: give loss and head the same output_dim"
+            )
+        center = center.flatten()
     if not torch.is_grad_enabled():
         student = _detached(student)
     temperatures = float(teacher_temp), float(student_temp)

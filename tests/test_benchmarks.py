@@ -1,3 +1,5 @@
+import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     [
         ("import_time", ["--rounds", "1"], "import dino_head / import torch: "),
         ("callbacks", ["--rounds", "1", "--calls", "10", "--prototypes", "64"], "hooks of a frozen step: "),
+        ("objective", ["--rounds", "1", "--prototypes", "64", "--batch", "2"], "| 64 | 2 | factored frozen | "),
     ],
 )
 def test_the_benchmark_runs(name, options, printed):
@@ -21,5 +24,20 @@ def test_the_benchmark_runs(name, options, printed):
     assert printed in result.stdout
 
 
+def test_the_objectives_figures_go_to_a_file_and_a_wrong_variant_stops_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    objective = runpy.run_path(str(BENCHMARKS / "objective.py"))
+    options = ["--rounds", "2", "--prototypes", "64", "--batch", "2", "--json", str(tmp_path / "figures.json")]
+    monkeypatch.setattr(sys, "argv", ["objective.py", *options])
+    objective["main"]()
+    rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
+    assert [row["variant"] for row in rows] == list(objective["VARIANTS"])
+    assert all(row["seconds"] > 0 and row["rounds"] == 2 for row in rows)
+    right = objective["VARIANTS"]["factored"]
+    objective["VARIANTS"]["factored"] = lambda teacher, student, center: 1.01 * right(teacher, student, center)
+    with pytest.raises(SystemExit, match="factored differs from the loop over pairs"):
+        objective["main"]()
+
+
 def test_every_benchmark_is_run_here():
-    assert {file.stem for file in BENCHMARKS.glob("*.py")} == {"import_time", "callbacks"}
+    assert {file.stem for file in BENCHMARKS.glob("*.py")} == {"import_time", "callbacks", "objective"}

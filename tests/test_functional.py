@@ -103,6 +103,29 @@ def test_lists_of_views_are_stacked(views):
     assert torch.equal(torch.autograd.grad(listed, student)[0], expected)
 
 
+@pytest.mark.parametrize("factored", [True, False])
+def test_views_may_be_strided(factored):
+    teacher, student, _ = factors()
+
+    def strided(tensor):  # the same values, batch first in memory
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+    sides = [FactoredLogits(strided(z), strided(w)) for z, w in (teacher, student)]
+    out = sides if factored else [strided(side.logits()) for side in sides]
+    value = dino_loss(*out, block_bytes=30_000)
+    expected = dino_loss(teacher.logits(), student.logits())
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    gradients = torch.autograd.grad(value, student), torch.autograd.grad(expected, student)
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(200,), (1, 200), (1, 1, 200), (200, 1)])
+def test_centers_of_any_shape(shape):
+    teacher, student, center = factors(samples=200)
+    expected = dino_loss(teacher, student, center=center)
+    assert dino_loss(teacher, student, center=center.reshape(shape)).item() == expected.item()
+
+
 def test_the_teacher_gets_no_gradient():
     teacher, student, _ = factors()
     teacher = FactoredLogits(*(tensor.clone().requires_grad_() for tensor in teacher))
@@ -404,6 +427,7 @@ def test_outputs_that_do_not_fit(teacher, student, message):
     [
         ({"teacher_temp": 0}, "teacher_temp must be a number"),
         ({"student_temp": -1}, "student_temp must be a number"),
+        ({"center": torch.zeros(8)}, r"one for each of K = 16 prototypes, got \(8,\)"),
         ({"block_bytes": 0}, "block_bytes must be an integer >= 1"),
     ],
 )

@@ -15,7 +15,7 @@ def test_the_twenty_lines_run_and_print_what_the_readme_says(capsys, tmp_path, m
     (block,) = [block for block in BLOCKS if "class Mine" in block]
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     printed = capsys.readouterr().out.strip().splitlines()[-1]  # behind the progress bar
-    assert printed.startswith("student.1.last_layer frozen for 4 optimizer steps, bitwise unchanged")
+    assert printed.startswith("student.head.last_layer frozen for 4 optimizer steps, bitwise unchanged")
     assert f"It prints `{printed}`." in README.replace("\n", " ")
 
 
