@@ -25,7 +25,7 @@ def test_the_benchmark_runs(name, options, printed):
 
 
 def test_the_objectives_figures_go_to_a_file_and_a_wrong_variant_stops_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "argv", ["objective.py"])
     objective = runpy.run_path(str(BENCHMARKS / "objective.py"))
     options = ["--rounds", "2", "--prototypes", "64", "--batch", "2", "--json", str(tmp_path / "figures.json")]
     monkeypatch.setattr(sys, "argv", ["objective.py", *options])
