@@ -151,12 +151,12 @@ def sum_logits(teacher_out: Logits) -> Tensor:
 def stacked(out: Logits) -> Tensor | FactoredLogits:
     """All views of a side at once, checked: logits (V, B, K), or FactoredLogits with z (V, B, D)."""
     if not isinstance(out, (Tensor, FactoredLogits)):
-        views = list(out)
+        views = list(out) if isinstance(out, (list, tuple)) else [out]
         if not views or not all(isinstance(view, Tensor) and view.shape == views[0].shape for view in views):
             given = [tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__ for view in views]
             raise ValueError(
-                f"a list of views must hold logits (B, K) of one shape, got {given}: give a list of tensors, or one "
-                "FactoredLogits with the z of all views, (V, B, D)"
+                f"views must be a list of logits (B, K) of one shape, got {given}: give a tensor (V, B, K), a list of "
+                "tensors (B, K), or one FactoredLogits with the z of all views, (V, B, D)"
             )
         out = torch.stack(views)
     by_view, name = (out, "logits (V, B, K)") if isinstance(out, Tensor) else (out.z, "z (V, B, D)")

@@ -412,8 +412,9 @@ def factored(views, samples, width, outputs):
         (FactoredLogits(logits(2, 3, 4), logits(16, 5)), factored(4, 3, 4, 16), r"of the same D, got \(2, 3, 4\) and"),
         (logits(2, 3, 16), factored(4, 3, 4, 16), "or both FactoredLogits, got Tensor and FactoredLogits"),
         (logits(2, 3, 16).long(), logits(4, 3, 16), "floating-point logits, got torch.int64"),
-        ([], logits(4, 3, 16), r"a list of views must hold logits \(B, K\) of one shape, got \[\]"),
+        ([], logits(4, 3, 16), r"views must be a list of logits \(B, K\) of one shape, got \[\]"),
         ([logits(3, 16), logits(4, 16)], logits(4, 3, 16), r"of one shape, got \[\(3, 16\), \(4, 16\)\]"),
+        (None, logits(4, 3, 16), r"of one shape, got \['NoneType'\]: give a tensor"),
         ([factored(1, 3, 4, 16)] * 2, logits(4, 3, 16), "one FactoredLogits with the z of all views"),
     ],
 )  # fmt: skip
