@@ -4,6 +4,7 @@ Sizes: B samples, T teacher views, S student views, K prototypes, D bottleneck w
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,7 +152,7 @@ def sum_logits(teacher_out: Logits) -> Tensor:
 def stacked(out: Logits) -> Tensor | FactoredLogits:
     """All views of a side at once, checked: logits (V, B, K), or FactoredLogits with z (V, B, D)."""
     if not isinstance(out, (Tensor, FactoredLogits)):
-        views = list(out) if isinstance(out, (list, tuple)) else [out]
+        views: list[Any] = list(out) if isinstance(out, (list, tuple)) else [out]
         if not views or not all(isinstance(view, Tensor) and view.shape == views[0].shape for view in views):
             given = [tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__ for view in views]
             raise ValueError(
