@@ -7,6 +7,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from dino_head.callbacks._access import find_submodule, refuse_deepspeed
 from dino_head.head import DINOProjectionHead
 
 
@@ -39,18 +40,6 @@ class Target:
     def has_gradient(self) -> bool:
         """Whether there is anything to cancel."""
         return any(parameter.grad is not None for parameter in self.parameters)
-
-
-def find_submodule(pl_module: LightningModule, name: str) -> nn.Module:
-    """`pl_module.get_submodule(name)`, with an error that says what there is."""
-    try:
-        return pl_module.get_submodule(name)
-    except AttributeError as error:
-        children = ", ".join(child for child, _ in pl_module.named_children())
-        raise MisconfigurationException(
-            f"{type(pl_module).__name__} has no submodule {name!r} ({error}); it has {children}: "
-            "give a name as named_modules() lists them"
-        ) from None
 
 
 def find_targets(pl_module: LightningModule, module: str | None, has_limit: bool) -> list[Target]:
@@ -98,13 +87,9 @@ def _trainable(targets: Sequence[Target]) -> list[Target]:
 
 def check_trainer(trainer: Trainer, targets: Sequence[Target]) -> None:
     """Refuse a trainer under which cancelling gradients would not freeze, or would break something else."""
-    strategy = trainer.strategy
-    if any("DeepSpeed" in kind.__name__ for kind in type(strategy).__mro__):
-        raise MisconfigurationException(
-            f"{type(strategy).__name__} keeps gradients outside of parameter.grad, where FreezeLastLayerCallback "
-            f"cannot cancel those of {_names(targets)}: use DDP or fully_shard (ModelParallelStrategy)"
-        )
-    if getattr(strategy.model, "static_graph", False) and not trainer.lightning_module.automatic_optimization:
+    reason = f"keeps gradients outside of parameter.grad, so that those of {_names(targets)} cannot be cancelled"
+    refuse_deepspeed(trainer, "FreezeLastLayerCallback", reason)
+    if getattr(trainer.strategy.model, "static_graph", False) and not trainer.lightning_module.automatic_optimization:
         raise MisconfigurationException(
             f"{_names(targets)} cannot be frozen with static_graph=True under manual optimization: gradients are "
             "reduced after on_after_backward there and must not be missing. Use static_graph=False or automatic "

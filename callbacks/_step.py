@@ -4,58 +4,92 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 
 
 class AfterOptimizerStep(Callback):
     """Calls `after_optimizer_step` once for each batch in which an optimizer stepped, and saves the count.
 
-    It hooks into `on_train_batch_end`, where `trainer.global_step` tells whether the batch ended an accumulation
-    window. (`on_before_zero_grad` would lag a step and lose the last one.) A callback's hook runs before
-    ModelCheckpoint's, so a checkpoint holds what the step led to.
+    PyTorch's post-hook of the optimizers notes a step, and `on_train_batch_end` acts on it. So batches inside an
+    accumulation window and steps that a GradScaler skips do not count, and raw optimizers do. (`trainer.global_step`
+    counts skipped steps and no raw optimizers; `on_before_zero_grad` would lag a step and lose the last one.) A
+    callback's hook runs before ModelCheckpoint's, so a checkpoint holds what the step led to.
+
+    What cannot be seen: a step that does nothing of its own accord, and optimizers that Lightning does not know.
     """
 
     def __init__(self) -> None:
         self.steps_taken = 0
-        self._global_step: int | None = None
+        self._has_count = False  # from a checkpoint, or from an earlier fit of the same trainer
+        self._is_pending = False  # an optimizer stepped, and what follows from it has not been done
+        self._step_hooks: list[Any] = []
+
+    @property
+    def receipt(self) -> str | None:
+        """One line that says what was kept; None before there is anything to say."""
+        raise NotImplementedError
 
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called after the step is counted in `steps_taken`."""
         raise NotImplementedError
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run, before a checkpoint is loaded."""
+        if trainer.global_step == 0 and trainer.current_epoch == 0:
+            self._has_count = self._is_pending = False
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on from the saved count, or start one."""
-        if trainer.global_step == 0:  # a fresh fit, also of a callback that served another one
-            self.steps_taken, self._global_step = 0, 0
-        elif self._global_step is None:  # added to a run that is under way
-            self.steps_taken = self._global_step = trainer.global_step
-        else:
-            # A checkpoint written between an optimizer's step and this hook (Ctrl-C) is caught up with.
-            self._count(trainer, pl_module)
+        """Watch the optimizers, and go on from the saved count or start one."""
+        if not self._has_count:  # a new run, or a callback that is added to a run under way
+            self.steps_taken, self._has_count = trainer.global_step, True
+        for optimizer in trainer.optimizers:
+            self._step_hooks.append(optimizer.register_step_post_hook(self._note_step))
+        # A checkpoint written between an optimizer's step and what follows from it is caught up with.
+        self._catch_up(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """See the class."""
-        self._count(trainer, pl_module)
+        self._catch_up(trainer, pl_module)
 
-    def require_steps(self, trainer: Trainer) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Watch no longer."""
+        self._unhook()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Watch no longer."""
+        self._unhook()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count, and what was kept so far."""
+        return {"steps_taken": self.steps_taken, "is_pending": self._is_pending, "receipt": self.receipt}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up the count of a run that goes on."""
+        self.steps_taken, self._is_pending = state_dict["steps_taken"], state_dict["is_pending"]
+        self._has_count = True
+
+    def require_steps(self, trainer: Trainer, seen: int) -> None:
         """Refuse a run whose optimizer steps cannot be seen; for the end of an epoch."""
-        if trainer.global_step == 0:
+        if seen == 0 and trainer.global_step == 0:
             raise MisconfigurationException(
                 f"{type(self).__name__} counts optimizer steps, and saw none in a whole epoch: with manual "
                 "optimization, step the optimizers that self.optimizers() returns; Lightning does not see the steps "
                 "of a raw torch optimizer"
             )
 
-    def _count(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step != self._global_step:
-            self._global_step = trainer.global_step
+    def _note_step(self, optimizer: Optimizer, *_: Any) -> None:
+        # Fused optimizers are called also for a step that they skip, and told so by GradScaler.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not found_inf.item():
+            self._is_pending = True
+
+    def _catch_up(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_pending:
             self.steps_taken += 1
             self.after_optimizer_step(trainer, pl_module)
+            self._is_pending = False
 
-    def state_dict(self) -> dict[str, Any]:
-        """The count, and the global step it was last raised at."""
-        return {"steps_taken": self.steps_taken, "global_step": self._global_step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the count of a run that goes on."""
-        self.steps_taken = state_dict["steps_taken"]
-        self._global_step = state_dict["global_step"]
+    def _unhook(self) -> None:
+        for hook in self._step_hooks:
+            hook.remove()
+        self._step_hooks = []

@@ -7,12 +7,12 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dino_head._arguments import check_integer
-from dino_head.callbacks._find import Record, Target, check_trainer, find_submodule, find_targets
+from dino_head.callbacks._access import find_submodule, local_part
+from dino_head.callbacks._find import Record, Target, check_trainer, find_targets
 from dino_head.callbacks._step import AfterOptimizerStep
 from dino_head.prototypes import Prototypes, cancel_gradients
 
@@ -95,13 +95,17 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 
     # Hooks, in the order in which a run calls them.
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run, before a checkpoint is loaded."""
+        super().setup(trainer, pl_module, stage)
+        if not self._has_count:
+            self._records = {}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the modules, refuse what could not be kept, and note the weights that have to stay.
 
         Here, not earlier: only now have strategy and checkpoint had their say on parameters and epoch.
         """
-        if trainer.global_step == 0:
-            self._records = {}
         has_limit = self.freeze_last_layer is not None or self.steps is not None
         self._targets = find_targets(pl_module, self.module, has_limit)
         self._frozen = []
@@ -164,7 +168,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             self._compare(trainer, pl_module, target)
         self._release(trainer, pl_module, epochs_ahead=int(trainer.is_last_batch))
         if self.steps:
-            self.require_steps(trainer)
+            self.require_steps(trainer, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare and check also where the run ends before the freeze."""
@@ -174,10 +178,12 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             self._write_receipt(trainer, target, "still frozen when the run ended")
         self._unmark()
         self._frozen = []
+        super().on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave no layer marked that an interrupted step has left."""
         self._unmark()
+        super().on_exception(trainer, pl_module, exception)
 
     # What the hooks are made of.
 
@@ -258,9 +264,4 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 
 def _values(pl_module: LightningModule, name: str) -> dict[str, Tensor]:
     """This process's part of all parameters of the module that now has this name."""
-    return {key: _local(parameter) for key, parameter in find_submodule(pl_module, name).named_parameters()}
-
-
-def _local(parameter: nn.Parameter) -> Tensor:
-    value = parameter.detach()
-    return value.to_local() if isinstance(value, DTensor) else value
+    return {key: local_part(parameter) for key, parameter in find_submodule(pl_module, name).named_parameters()}

@@ -1,6 +1,10 @@
 """The teacher as an exponential moving average of the student."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -9,37 +13,56 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dino_head._arguments import check_number
-from dino_head.callbacks._find import find_submodule
-from dino_head.callbacks._step import AfterOptimizerStep
+from dino_head.callbacks._access import find_submodule, local_part, refuse_deepspeed
+from dino_head.callbacks._finite import explain
+from dino_head.callbacks._horizon import OverTheRun
+from dino_head.callbacks._pairs import find_parameters
+from dino_head.losses import DINOLoss
 from dino_head.schedules import cosine_schedule
 
 
-class TeacherUpdateCallback(AfterOptimizerStep):
-    """Moves the teacher towards the student, once after each optimizer step (arXiv:2104.14294, section 3.1).
+class TeacherUpdateCallback(OverTheRun):
+    """Moves all of the teacher's side after each optimizer step, once (arXiv:2104.14294, section 3.1).
 
         teacher <- m teacher + (1 - m) student,  m: cosine from base_momentum to final_momentum over the run
+        center of each DINOLoss:  moved by the logits of all micro-batches of the step
 
-    Only parameters are averaged; the teacher keeps its own buffers (in train mode its batch norm follows its own
-    batches, as in the authors' code). The count of updates is part of the checkpoint.
+    Parameters are averaged. Buffers are not: in train mode the teacher's batch norm follows the teacher's own batches,
+    as in the authors' code. A step that a GradScaler skips moves nothing; its logits count for the next center.
+
+    How: in `on_train_batch_end`, after the optimizer and before ModelCheckpoint, so that a checkpoint at any step holds
+    the teacher of that step. While it trains, the callback also looks at each value of a DINOLoss (on a GPU this waits
+    for the forward pass) and stops before a NaN reaches the weights.
 
     Args:
         pairs: names of the (student, teacher) submodules of the LightningModule.
-        base_momentum: m at the first update.
-        final_momentum: m at the end of the run.
+        base_momentum: m at the first update, in [0, 1].
+        final_momentum: m at the end of the run, in [0, 1].
+        total_steps: optimizer steps of the cosine; None: those of the run.
+        allow_different_weights: a run may begin with a teacher that does not equal the student, to go on with weights
+            from elsewhere.
 
     Raises:
-        ValueError: a momentum outside [0, 1], or no pair.
-        MisconfigurationException: when training starts: a name that is not there, a pair whose parameters differ in
-            name or shape, one object as both, a teacher in bf16 or fp16, a run without an end.
+        ValueError: an argument out of range.
+        MisconfigurationException: when training starts: a name that is not there, a pair of different structure, one
+            object as both, weights that differ, a teacher that requires gradients, is in bf16 or fp16, or is sharded
+            otherwise than the student, DeepSpeed, a run without an end, another length than that of the run resumed;
+            during training: parameters that were replaced.
+        FloatingPointError: a loss that is not finite; it says which side and the likely cause.
     """
+
+    momentum: float | None = None  # for the next update, in place of the cosine; ScheduleCallback may set it
 
     def __init__(
         self,
         pairs: Sequence[tuple[str, str]] = (("student", "teacher"),),
         base_momentum: float = 0.996,
         final_momentum: float = 1.0,
+        *,
+        total_steps: int | None = None,
+        allow_different_weights: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(total_steps)
         check_number("base_momentum", base_momentum, 0, 1)
         check_number("final_momentum", final_momentum, 0, 1)
         if not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
@@ -47,70 +70,125 @@ class TeacherUpdateCallback(AfterOptimizerStep):
         self.pairs = tuple((student, teacher) for student, teacher in pairs)
         self.base_momentum = base_momentum
         self.final_momentum = final_momentum
-        self._students: list[Tensor] = []
+        self.allow_different_weights = allow_different_weights
+        self._parameters: list[tuple[Tensor, Tensor]] = []  # of student and teacher
+        self._students: list[Tensor] = []  # this process's parts of them
         self._teachers: list[Tensor] = []
-        self._total_steps = 0
+        self._losses: list[DINOLoss] = []
+        self._loss_hooks: list[Any] = []
+        self._ranks = 1
+        self._is_checked = False  # that the parameters are still the module's once a step was made
+
+    @property
+    def receipt(self) -> str | None:
+        """What was moved, how often, and with which momentum; None before the first update."""
+        if not self.steps_taken:
+            return None
+        names = ", ".join(f"{teacher} followed {student}" for student, teacher in self.pairs)
+        planned = f" of {self._horizon}" if self.needs_horizon else ""
+        centers = f", {len(self._losses)} center(s) moved with it" if self._losses else ""
+        return (
+            f"{names} for {self.steps_taken}{planned} optimizer steps, last with momentum "
+            f"{self._momentum_of(self.steps_taken - 1):.6g}{centers}, on {self._ranks} of {self._ranks} ranks"
+        )
 
     @property
     def state_key(self) -> str:
         """Made of the pairs, so that several of them get along in one Trainer."""
         return self._generate_state_key(pairs=self.pairs)
 
+    @property
+    def needs_horizon(self) -> bool:
+        """A constant momentum needs none."""
+        return self.base_momentum != self.final_momentum
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the pairs and the length of the run."""
-        total_steps = trainer.estimated_stepping_batches
-        if not 0 < total_steps < float("inf"):  # negative for data without a length
-            raise MisconfigurationException(
-                "the teacher's momentum follows a cosine over the whole run, and the length of this run is not known: "
-                "set max_epochs or max_steps in the Trainer, and for data without a length max_steps or "
-                "limit_train_batches"
-            )
-        self._total_steps = int(total_steps)
-        self._students, self._teachers = [], []
-        for student_name, teacher_name in self.pairs:
-            student = dict(find_submodule(pl_module, student_name).named_parameters())
-            teacher = dict(find_submodule(pl_module, teacher_name).named_parameters())
-            _check_pair(student_name, student, teacher_name, teacher)
-            self._students.extend(student.values())
-            self._teachers.extend(teacher.values())
+        """Find pairs and losses, and refuse what could not be averaged."""
+        refuse_deepspeed(trainer, type(self).__name__, "may keep parameters outside of their modules")
+        self._parameters = find_parameters(pl_module, self.pairs)
+        self._students = [local_part(student) for student, _ in self._parameters]
+        self._teachers = [local_part(teacher) for _, teacher in self._parameters]
+        self._ranks, self._is_checked = trainer.world_size, False
+        is_fresh = trainer.global_step == 0 and not self._has_count
+        if is_fresh and not self.allow_different_weights:
+            self._check_equal_weights(trainer)
+        for loss in [module for module in pl_module.modules() if isinstance(module, DINOLoss)]:
+            self._losses.append(loss)
+            loss.defer_center_update = True
+            guard = functools.partial(self._check_finite, trainer, pl_module)
+            self._loss_hooks.append(loss.register_forward_hook(guard, with_kwargs=True))
         super().on_train_start(trainer, pl_module)
 
     @torch.no_grad()
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Average all pairs in one foreach lerp: equal weights stay bitwise equal."""
+        """Average all pairs in one foreach lerp (equal weights stay bitwise equal), and move the centers."""
         update = self.steps_taken - 1
-        momentum = cosine_schedule(update, self.base_momentum, self.final_momentum, self._total_steps)
-        get_ema_multi_avg_fn(momentum)(self._teachers, self._students, update)
+        if not self._is_checked:
+            self._check_current(pl_module)
+            self._is_checked = True
+        get_ema_multi_avg_fn(self._momentum_of(update))(self._teachers, self._students, update)
+        for loss in self._losses:
+            loss.apply_center_update()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a teacher that would never move."""
-        self.require_steps(trainer)
+        """Refuse a teacher that would never move, or that is no longer the module's."""
+        self.require_steps(trainer, self.steps_taken)
+        self._check_current(pl_module)
 
+    def _unhook(self) -> None:
+        super()._unhook()
+        for hook in self._loss_hooks:
+            hook.remove()
+        for loss in self._losses:
+            loss.defer_center_update = False
+        self._loss_hooks, self._losses = [], []
 
-def _check_pair(
-    student_name: str, student: Mapping[str, Tensor], teacher_name: str, teacher: Mapping[str, Tensor]
-) -> None:
-    for name in student.keys() | teacher.keys():
-        ours, theirs = student.get(name), teacher.get(name)
-        if ours is None or theirs is None or ours.shape != theirs.shape:
+    def _momentum_of(self, update: int) -> float:
+        if self.momentum is not None:
+            check_number("TeacherUpdateCallback.momentum", self.momentum, 0, 1)
+            return self.momentum
+        if self._horizon is None:
+            return self.base_momentum
+        return cosine_schedule(update, self.base_momentum, self.final_momentum, self._horizon)
+
+    def _check_equal_weights(self, trainer: Trainer) -> None:
+        differ = not all(map(torch.equal, self._students, self._teachers))
+        if trainer.strategy.reduce_boolean_decision(differ, all=False):
             raise MisconfigurationException(
-                f"{student_name!r} and {teacher_name!r} must have equal structure, but {name!r} is "
-                f"{'missing' if ours is None else tuple(ours.shape)} in the student and "
-                f"{'missing' if theirs is None else tuple(theirs.shape)} in the teacher: make the teacher with "
-                "copy.deepcopy(student)"
+                f"the run begins with a teacher that differs from the student ({self.pairs}): they are one network at "
+                "the start of DINO, teacher = copy.deepcopy(student). If both were loaded from elsewhere, say so with "
+                "TeacherUpdateCallback(allow_different_weights=True)"
             )
-        if theirs.dtype in (torch.bfloat16, torch.float16):
+
+    def _check_current(self, pl_module: LightningModule) -> None:
+        now = find_parameters(pl_module, self.pairs)
+        if len(now) != len(self._parameters) or any(
+            ours is not theirs
+            for pair in zip(now, self._parameters, strict=True)
+            for ours, theirs in zip(*pair, strict=True)
+        ):
             raise MisconfigurationException(
-                f"{name!r} of {teacher_name!r} is {theirs.dtype}, in which steps of 1 - momentum are rounded away and "
-                "the teacher would not move: keep the parameters in float32, with precision='bf16-mixed' or '16-mixed'"
+                f"parameters of {self.pairs} were replaced since training began, so that the teacher would no longer "
+                "follow. Under fully_shard, a module that stays gathered after forward does this: shard with "
+                "reshard_after_forward=True"
             )
-        if ours.dtype != theirs.dtype:
-            raise MisconfigurationException(
-                f"{name!r} is {ours.dtype} in {student_name!r} and {theirs.dtype} in {teacher_name!r}: make the "
-                "teacher with copy.deepcopy(student)"
+
+    def _check_finite(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        loss: DINOLoss,
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+        value: Tensor,
+    ) -> None:
+        if loss.training and not math.isfinite(value.item()):
+            given = inspect.signature(loss.forward).bind(*arguments, **options).arguments
+            outputs = given["teacher_out"], given["student_out"]
+            students, teachers = (
+                [find_submodule(pl_module, name) for name in side] for side in zip(*self.pairs, strict=True)
             )
-        if ours is theirs:
-            raise MisconfigurationException(
-                f"{name!r} of {student_name!r} and {teacher_name!r} is one and the same parameter: make the teacher "
-                "with copy.deepcopy(student)"
+            raise FloatingPointError(
+                f"the loss is {value.item()} in epoch {trainer.current_epoch}, at optimizer step "
+                f"{trainer.global_step}: {explain(outputs, (teachers, students))}. Nothing was updated in this step"
             )

@@ -8,6 +8,7 @@ from dino_head.functional import dino_loss
 from dino_head.head import DINOProjectionHead, ProjectionHead
 from dino_head.losses import DINOLoss
 from dino_head.multicrop import multicrop_forward
+from dino_head.optim import parameter_groups
 from dino_head.prototypes import FactoredLogits
 from dino_head.schedules import cosine_schedule
 
@@ -21,4 +22,5 @@ __all__ = [
     "cosine_schedule",
     "dino_loss",
     "multicrop_forward",
+    "parameter_groups",
 ]

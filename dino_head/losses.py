@@ -51,7 +51,6 @@ class DINOLoss(nn.Module):
     """
 
     center: Tensor | None  # (1, 1, K); None: sinkhorn
-    _collected: Tensor | None  # (K + 1,): sums of logits and, behind them, how many: one reduction for both
     defer_center_update = False
 
     def __init__(
@@ -87,7 +86,9 @@ class DINOLoss(nn.Module):
         self.centering = centering
         has_center = centering == "mean"
         self.register_buffer("center", torch.zeros(1, 1, output_dim) if has_center else None)
-        self.register_buffer("_collected", torch.zeros(output_dim + 1) if has_center else None, persistent=False)
+        # (K + 1,): sums of logits and, behind them, how many: one reduction for both. No buffer, as DDP would
+        # overwrite it with the first process's.
+        self._collected: Tensor | None = None
 
     def forward(
         self, teacher_out: Logits, student_out: Logits, epoch: int | None = None, *, teacher_temp: float | None = None
@@ -135,20 +136,24 @@ class DINOLoss(nn.Module):
         Without any it stays. A training call does this by itself unless `defer_center_update` is set. All processes
         have to call it.
         """
-        if self.center is None or self._collected is None:
+        if self.center is None:
             return
+        collected, self._collected = self._collected, None
         if _has_processes():
-            dist.all_reduce(self._collected)
-        sums, count = self._collected[:-1], self._collected[-1]
-        mean = torch.where(count > 0, sums / count, self.center)  # no wait for the device
-        self.center.lerp_(mean, 1 - self.center_momentum)
-        self._collected.zero_()
+            if collected is None:  # the others may have some
+                collected = self.center.new_zeros(self.output_dim + 1)
+            dist.all_reduce(collected)
+        if collected is not None:
+            sums, count = collected[:-1], collected[-1]
+            mean = torch.where(count > 0, sums / count, self.center)  # no wait for the device
+            self.center.lerp_(mean, 1 - self.center_momentum)
 
     @torch.no_grad()
     def _collect(self, teacher_out: Tensor | FactoredLogits) -> None:
-        if self._collected is not None:
+        if self.center is not None:
             views, samples, _ = (teacher_out if isinstance(teacher_out, Tensor) else teacher_out.z).shape
-            self._collected += F.pad(sum_logits(teacher_out), (0, 1), value=views * samples)
+            sums = F.pad(sum_logits(teacher_out), (0, 1), value=views * samples)
+            self._collected = sums if self._collected is None else self._collected + sums
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DINOLoss":
         # `.half()` and friends move the buffers with the module but leave them float32.

@@ -1,7 +1,7 @@
 """DINO as a LightningModule, to be read as the method (Caron et al. 2021, arXiv:2104.14294, algorithm 1).
 
 What DINO does around the step are callbacks: `FreezeLastLayerCallback` and `TeacherUpdateCallback` belong in the
-Trainer.
+Trainer, and `ScheduleCallback("weight_decay", (0.04, 0.4))` if weight decay is to grow.
 
 Sizes: B samples, V views of which the first T are global, D features, K prototypes.
 """
@@ -12,11 +12,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from data import derived_seed
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from dino_head import DINOLoss, DINOProjectionHead, FactoredLogits, cosine_schedule, multicrop_forward
+from dino_head import (
+    DINOLoss,
+    DINOProjectionHead,
+    FactoredLogits,
+    cosine_schedule,
+    multicrop_forward,
+    parameter_groups,
+)
 
 
 class DINO(LightningModule):
@@ -28,9 +37,14 @@ class DINO(LightningModule):
         loss: of the same K.
         augment: images (B, C, H, W) -> V views; runs on the device, in training only.
         global_views: T; the first T views are what the teacher sees.
-        learning_rate: at the end of the warm-up; falls to a thousandth of it along a cosine.
+        learning_rate: at the end of the warm-up, from where it falls along a cosine.
+        min_learning_rate: at the end of the run.
         warmup_epochs: epochs of linear warm-up.
         weight_decay: for matrices; biases, norms and scales have none.
+        clip_per_parameter: the largest norm of each parameter's gradient, as the authors clip (3.0); None leaves
+            clipping to the Trainer.
+        seed: of augmentation and dropout. They follow from it, the process, the epoch and the batch, so that a resumed
+            run is the same run.
     """
 
     def __init__(
@@ -41,8 +55,11 @@ class DINO(LightningModule):
         augment: Callable[[Tensor], list[Tensor]],
         global_views: int = 2,
         learning_rate: float = 5e-4,
+        min_learning_rate: float = 1e-6,
         warmup_epochs: int = 10,
         weight_decay: float = 0.04,
+        clip_per_parameter: float | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.student = nn.ModuleDict({"backbone": backbone, "head": head})
@@ -51,8 +68,11 @@ class DINO(LightningModule):
         self.augment = augment
         self.global_views = global_views
         self.learning_rate = learning_rate
+        self.min_learning_rate = min_learning_rate
         self.warmup_epochs = warmup_epochs
         self.weight_decay = weight_decay
+        self.clip_per_parameter = clip_per_parameter
+        self.seed = seed
 
     def images(self, batch: Any) -> Tensor:
         """The images (B, C, H, W) of a batch: the first of a tuple. Override it for batches of another form."""
@@ -61,7 +81,11 @@ class DINO(LightningModule):
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """In training, images (B, C, H, W) -> V views (B, C, H', W'), the global ones first."""
-        return self.augment(self.images(batch)) if self.trainer.training else batch
+        if not self.trainer.training:
+            return batch
+        batch_idx = self.trainer.fit_loop.batch_idx + 1  # of the batch that begins here
+        torch.manual_seed(derived_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
+        return self.augment(self.images(batch))
 
     def outputs(self, side: nn.ModuleDict, views: list[Tensor]) -> FactoredLogits:
         """Views (B, C, H, W) -> z (V, B, bottleneck) and prototypes (K, bottleneck): logits are never in memory."""
@@ -83,18 +107,24 @@ class DINO(LightningModule):
         features: Tensor = self.teacher["backbone"](images)
         return features
 
+    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **options: Any) -> None:
+        """Clip each parameter's gradient by itself, then as the Trainer says (gradient_clip_val)."""
+        if self.clip_per_parameter is not None:
+            for parameter in self.student.parameters():
+                nn.utils.clip_grad_norm_(parameter, self.clip_per_parameter)
+        self.clip_gradients(optimizer, *args, **options)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with weight decay on matrices only; warm-up, then a cosine, by optimizer steps."""
-        trained = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
-        matrices = [p for name, p in trained if p.ndim > 1 and not name.endswith("weight_g")]
-        others = [p for name, p in trained if p.ndim <= 1 or name.endswith("weight_g")]
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup = self.warmup_epochs * math.ceil(
-            self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: cosine_schedule(step, 1.0, 1e-3, total, warmup_steps=warmup)
-        )
+        optimizer = torch.optim.AdamW(parameter_groups(self.student, self.weight_decay), lr=self.learning_rate)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def rate(self, step: int) -> float:
+        """The share of the learning rate at an optimizer step."""
+        if step == 0:  # asked before there are data: to count them now would hide them from a checkpoint's loader
+            return float(self.warmup_epochs == 0)
+        run = self.trainer
+        warmup = self.warmup_epochs * math.ceil(run.num_training_batches / run.accumulate_grad_batches)
+        end = self.min_learning_rate / self.learning_rate
+        return cosine_schedule(step, 1.0, end, int(run.estimated_stepping_batches), warmup_steps=warmup)

@@ -60,6 +60,7 @@ def build(output_dim: int = 512) -> DINO:
         DINOLoss(output_dim, warmup_teacher_temp=0.04, teacher_temp=0.04),
         digit_views(),
         learning_rate=3e-3,
+        min_learning_rate=3e-6,
         warmup_epochs=5,
     )
 

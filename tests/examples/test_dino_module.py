@@ -94,7 +94,7 @@ def test_the_learning_rate_warms_up_and_falls_by_steps():
         def on_train_batch_start(self, batch, batch_idx):
             rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
 
-    module = tiny_dino(learning_rate=1.0, warmup_epochs=1)
+    module = tiny_dino(learning_rate=1.0, min_learning_rate=1e-3, warmup_epochs=1)
     module.__class__ = Watched
     trainer(max_epochs=3, accumulate_grad_batches=2).fit(module, view_loader(batches=4))
     # 2 optimizer steps an epoch: warm-up over the first 2, then 4 of a cosine from 1 towards 0.001.
