@@ -18,14 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dino_head import (
-    DINOLoss,
-    DINOProjectionHead,
-    FactoredLogits,
-    cosine_schedule,
-    multicrop_forward,
-    parameter_groups,
-)
+from dino_head import DINOLoss, DINOProjectionHead, FactoredLogits, cosine_schedule, multicrop_forward, parameter_groups
 
 
 class DINO(LightningModule):

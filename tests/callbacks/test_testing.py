@@ -1,0 +1,192 @@
+"""The checks that users run: they hold for the toy and the example module, and find what is wrong with others."""
+
+import copy
+
+import pytest
+import torch
+from data import ResumableLoader
+from lightning.pytorch import Callback, LightningDataModule
+from torch import nn
+from toy import Toy, loader
+from views import tiny_dino, view_loader
+
+from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
+from dino_head.callbacks.testing import (
+    assert_accumulation_invariant,
+    assert_resume_invariant,
+    assert_teacher_follows,
+)
+
+
+def callbacks():
+    return [
+        FreezeLastLayerCallback(1),
+        TeacherUpdateCallback(base_momentum=0.7),
+        ScheduleCallback("weight_decay", (0.04, 0.4)),
+    ]
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, weight_decay=0.04)
+
+
+def toy():
+    return Toy(), loader(), callbacks()
+
+
+def example():
+    """With SGD: AdamW's division turns gradients that are 0 but for rounding into steps."""
+    return tiny_dino(sgd, warmup_epochs=0), view_loader(), callbacks()
+
+
+class Shuffled(LightningDataModule):
+    """The views in the order of the example's loader."""
+
+    def __init__(self, make_loader=ResumableLoader, **options):
+        super().__init__()
+        self.make_loader, self.options = make_loader, options
+
+    def train_dataloader(self):
+        return self.make_loader(view_loader().dataset, 4, trainer=self.trainer, **self.options)
+
+
+def random_example(**data):
+    """Shuffled, with random views and dropout."""
+    module = tiny_dino(warmup_epochs=1)
+    module.augment = lambda images: [images + 0.1 * torch.randn_like(images) for _ in range(3)]
+    for side in (module.student, module.teacher):
+        side["backbone"] = nn.Sequential(side["backbone"], nn.Dropout(0.2))
+    return module, Shuffled(**data), callbacks()
+
+
+class InEachForward(Toy):
+    """A teacher that is moved in training_step."""
+
+    def training_step(self, batch, batch_idx):
+        self.move()
+        return super().training_step(batch, batch_idx)
+
+    @torch.no_grad()
+    def move(self):
+        for teacher, student in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            teacher.lerp_(student, 0.1)
+
+
+@pytest.mark.parametrize("make", [toy, example])
+def test_accumulation(make):
+    assert_accumulation_invariant(make, parts=4, steps=3)
+
+
+def test_a_teacher_moved_in_each_micro_batch_is_found():
+    with pytest.raises(AssertionError, match=r"(?s)4 accumulated micro-batches end apart.*teacher") as error:
+        assert_accumulation_invariant(lambda: (InEachForward(), loader(), [FreezeLastLayerCallback(1)]))
+    assert "use TeacherUpdateCallback" in str(error.value)
+
+
+def test_a_center_without_the_callback_is_found():
+    with pytest.raises(AssertionError, match=r"loss.center"):
+        assert_accumulation_invariant(lambda: (tiny_dino(sgd, warmup_epochs=0), view_loader(), []))
+
+
+def test_batch_norm_is_named():
+    with pytest.raises(AssertionError, match="the module has batch norm"):
+        assert_accumulation_invariant(lambda: (Toy(batch_norm=True), loader(), callbacks()), parts=2)
+
+
+def test_batches_that_cannot_be_split():
+    with pytest.raises(ValueError, match="a batch of 4 samples cannot be split in 3 equal parts"):
+        assert_accumulation_invariant(toy, parts=3)
+
+
+def test_resume_of_an_ordinary_loader_at_an_epochs_end():
+    assert_resume_invariant(toy, mid_epoch=False)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resume_of_the_example_with_shuffling_random_views_and_dropout(workers):
+    assert_resume_invariant(lambda: random_example(num_workers=workers))
+
+
+def test_resume_under_accumulation():
+    assert_resume_invariant(random_example, accumulate_grad_batches=2)
+
+
+def test_an_ordinary_loader_is_found_in_the_middle_of_an_epoch():
+    with pytest.raises(AssertionError, match=r"(?s)resumed in the middle of an epoch end apart.*saves no random state"):
+        assert_resume_invariant(toy)
+
+
+def test_an_ordinary_shuffle_is_found():
+    def ordinary(dataset, batch_size, trainer):
+        return torch.utils.data.DataLoader(dataset, batch_size, shuffle=True)
+
+    with pytest.raises(AssertionError, match="resumed at an epoch's end end apart"):
+        assert_resume_invariant(lambda: random_example(make_loader=ordinary), mid_epoch=False)
+
+
+def test_random_views_without_a_derived_seed_are_found(monkeypatch):
+    monkeypatch.setattr("dino_module.derived_seed", lambda *key: torch.initial_seed())
+    with pytest.raises(AssertionError, match="end apart"):
+        assert_resume_invariant(random_example, mid_epoch=False)
+
+
+def test_one_batch_has_no_middle():
+    with pytest.raises(ValueError, match="2 optimizer steps in 2 epochs leave no middle"):
+        assert_resume_invariant(lambda: (Toy(), loader(batches=1), callbacks()))
+
+
+@pytest.mark.parametrize("make", [toy, example, random_example])
+def test_the_teacher_follows(make):
+    assert_teacher_follows(make)
+
+
+class OnlyHalf(Callback):
+    """Moves a part of the teacher."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        with torch.no_grad():
+            pl_module.teacher["backbone"].weight.lerp_(pl_module.student["backbone"].weight, 0.1)
+
+
+def unequal():
+    module = Toy()
+    module.teacher["backbone"].weight.data += 1
+    return module, loader(), []
+
+
+def trainable():
+    module = Toy()
+    module.teacher = copy.deepcopy(module.student)
+    return module, loader(), []
+
+
+class AfterTheCheckpoint(InEachForward):
+    """A teacher that is moved in the module's own hook, behind the callbacks."""
+
+    def training_step(self, batch, batch_idx):
+        return Toy.training_step(self, batch, batch_idx)
+
+    def on_train_batch_end(self, *_):
+        if self.trainer.global_step == 1:
+            self.move()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: (Toy(), loader(), []), "the teacher never moved: add TeacherUpdateCallback"),
+        (lambda: (InEachForward(), loader(), []), r"moved in batch 2 without an optimizer step"),
+        (lambda: (AfterTheCheckpoint(), loader(), []), "the module's own on_train_batch_end comes after it"),
+        (lambda: (Toy(), loader(), [OnlyHalf()]), "are not where one momentum"),
+        (unequal, "'teacher' does not begin as 'student'"),
+        (trainable, "'teacher' requires gradients"),
+    ],
+)
+def test_a_teacher_that_does_not_follow_is_found(make, message):
+    with pytest.raises(AssertionError, match=message):
+        assert_teacher_follows(make)
+
+
+def test_a_teacher_moved_before_the_step_is_found():
+    with pytest.raises(AssertionError, match=r"moved before the optimizer's step|outside of \[0, 1\]"):
+        assert_teacher_follows(lambda: (InEachForward(), loader(), []), accumulate_grad_batches=1)
