@@ -72,13 +72,11 @@ class DINO(LightningModule):
         images: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
         return images
 
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """In training, images (B, C, H, W) -> V views (B, C, H', W'), the global ones first."""
-        if not self.trainer.training:
-            return batch
-        batch_idx = self.trainer.fit_loop.batch_idx + 1  # of the batch that begins here
+    def views(self, batch: Any, batch_idx: int) -> list[Tensor]:
+        """A batch -> V views (B, C, H', W'), the global ones first; where the run stands fixes what is random."""
         torch.manual_seed(derived_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
-        return self.augment(self.images(batch))
+        with torch.autocast(self.device.type, enabled=False):
+            return self.augment(self.images(batch))
 
     def outputs(self, side: nn.ModuleDict, views: list[Tensor]) -> FactoredLogits:
         """Views (B, C, H, W) -> z (V, B, bottleneck) and prototypes (K, bottleneck): logits are never in memory."""
@@ -86,8 +84,9 @@ class DINO(LightningModule):
         factored: FactoredLogits = side["head"].factored_logits(features)  # type: ignore[operator]
         return factored
 
-    def training_step(self, views: list[Tensor], batch_idx: int) -> Tensor:
-        """The student predicts the teacher: V views (B, C, H, W) -> the loss, a scalar."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The student predicts the teacher: a batch of images (B, C, H, W) -> the loss, a scalar."""
+        views = self.views(batch, batch_idx)
         student = self.outputs(self.student, views)
         with torch.no_grad():
             teacher = self.outputs(self.teacher, views[: self.global_views])

@@ -1,7 +1,7 @@
 """DINO on real images in a few minutes on a CPU: scikit-learn's handwritten digits (1,797 grey images of 8 x 8).
 
     python examples/fit_digits.py                 # writes to runs/digits
-    python examples/fit_digits.py --resume        # goes on after Ctrl-C
+    python examples/fit_digits.py --resume        # goes on after Ctrl-C or a crash, as if nothing had happened
 
 No label is used in training; the labels of 1,400 images vote on the 397 held-out ones (kNN) to show what was learnt.
 """
@@ -9,22 +9,25 @@ No label is used in training; the labels of 1,400 images vote on the 397 held-ou
 import argparse
 import json
 import platform
+import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
 from augment import digit_views
+from data import ResumableLoader
 from dino_module import DINO
 from evaluate import KNN, TeacherEntropy, extract, knn_accuracy, plot_report
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import dino_head
 from dino_head import DINOLoss, DINOProjectionHead
@@ -43,6 +46,19 @@ def digits(size: int = 16) -> tuple[Labelled, Labelled]:
     return (images[train], labels[train]), (images[test], labels[test])
 
 
+class Digits(LightningDataModule):
+    """The 1,400 training images, in batches of (images (B, 1, 16, 16), labels (B,))."""
+
+    def __init__(self, batch_size: int = 64, seed: int = 0) -> None:
+        super().__init__()
+        self.batch_size, self.seed = batch_size, seed
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled, anew in each epoch."""
+        assert self.trainer is not None
+        return ResumableLoader(TensorDataset(*digits()[0]), self.batch_size, self.trainer, self.seed)
+
+
 def conv_net() -> nn.Sequential:
     """Images (B, 1, H, W) of any size from 8 x 8 -> features (B, 128)."""
     layers: list[nn.Module] = []
@@ -52,7 +68,7 @@ def conv_net() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def build(output_dim: int = 512) -> DINO:
+def build(output_dim: int = 512, seed: int = 0) -> DINO:
     """The model: 128 features, a head of width 256 with a bottleneck of 64, K = output_dim prototypes."""
     return DINO(
         conv_net(),
@@ -62,6 +78,7 @@ def build(output_dim: int = 512) -> DINO:
         learning_rate=3e-3,
         min_learning_rate=3e-6,
         warmup_epochs=5,
+        seed=seed,
     )
 
 
@@ -91,6 +108,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     elif not checkpoints(args.out):
         parser.error(f"{args.out} holds no checkpoint to resume from: start the run without --resume")
     else:
+        newest = checkpoints(args.out)[-1]
+        try:
+            torch.load(newest, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever is in the file
+            parser.error(
+                f"{newest} is no whole checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}). Nothing was "
+                "changed: move it away, and --resume goes on from the one before it, if there is any"
+            )
         started = argparse.Namespace(**json.loads(settings.read_text()))
         args = parser.parse_args(arguments, argparse.Namespace(**vars(started)))
         for name, value in vars(started).items():
@@ -107,21 +132,35 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
 
 
-class SaveInterrupted(Callback):
-    """Writes a checkpoint when training ends by Ctrl-C or an error; not before it has begun to train."""
+class StopAtBatchEnd(Callback):
+    """Lets Ctrl-C end the run behind the batch, with a checkpoint from which it goes on exactly; for the last place."""
 
     def __init__(self, file: Path) -> None:
-        self.file, self.training = file, False
+        self.file, self.is_asked, self.handler = file, False, signal.getsignal(signal.SIGINT)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on there is something to save."""
-        self.training = True
+        signal.signal(signal.SIGINT, self._ask)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def _ask(self, *_: Any) -> None:
+        if self.is_asked:  # Ctrl-C for the second time: at once
+            raise KeyboardInterrupt
+        self.is_asked = True
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Save, and say how to go on."""
-        if self.training:
+        if self.is_asked:
             trainer.save_checkpoint(self.file)
             print(f"\nstopped: {self.file} is written; go on with --resume --out {self.file.parents[1]}")
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ctrl-C as it was."""
+        signal.signal(signal.SIGINT, self.handler)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Ctrl-C as it was."""
+        signal.signal(signal.SIGINT, self.handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -129,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
     seed_everything(args.seed, workers=True, verbose=False)
     train, test = digits()
-    model = build(args.prototypes)
+    model, data = build(args.prototypes, args.seed), Digits(args.batch_size, args.seed)
     (raw_train, raw_labels), (raw_test, raw_test_labels) = digits(size=8)
     knn_raw = knn_accuracy(raw_train.flatten(1), raw_labels, raw_test.flatten(1), raw_test_labels)
     knn_untrained = knn_accuracy(extract(model, train[0]), train[1], extract(model, test[0]), test[1])
@@ -144,13 +183,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             TeacherEntropy(),
             timer,
             ModelCheckpoint(args.out / "checkpoints", filename="last", enable_version_counter=False),
-            SaveInterrupted(args.out / "checkpoints" / "interrupted.ckpt"),
+            StopAtBatchEnd(args.out / "checkpoints" / "interrupted.ckpt"),
         ],
         logger=CSVLogger(args.out, name="metrics"),
         log_every_n_steps=1,
     )
-    loader = DataLoader(TensorDataset(*train), batch_size=args.batch_size, shuffle=True, drop_last=True)
-    trainer.fit(model, loader, ckpt_path=checkpoints(args.out)[-1] if args.resume else None)
+    trainer.fit(model, data, ckpt_path=checkpoints(args.out)[-1] if args.resume else None)
 
     features = extract(model, test[0])
     summary = {

@@ -17,7 +17,8 @@ def test_a_training_step_is_the_loss_of_the_definition():
     module = tiny_dino()
     for parameter in module.student.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)  # away from the teacher
-    views = crops(torch.randn(4, 1, 8, 8))
+    images = torch.randn(4, 1, 8, 8)
+    views = crops(images)
 
     def logits(side, views):
         return torch.stack([side["head"](side["backbone"](view)) for view in views])
@@ -25,7 +26,7 @@ def test_a_training_step_is_the_loss_of_the_definition():
     expected = dino_loss(logits(module.teacher, views[:2]), logits(module.student, views), teacher_temp=0.04)
     module.log = lambda *args, **kwargs: None
     module._trainer = trainer()
-    assert module.training_step(views, 0).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert module.training_step(images, 0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_it_never_makes_the_logits(monkeypatch):

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,26 +98,72 @@ def test_options_out_of_range(option, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(tmp_path):
+FOUR = ["--epochs", "4", "--batch-size", "256"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "digits"
+    run_script(out, FOUR)
+    return final_state(out)
+
+
+def run_script(out, options, stop_with=None):
+    """In a process of its own; with a signal as soon as the first epoch's checkpoint is there. Returns its output."""
+    command = [sys.executable, str(SCRIPT), "--out", str(out), *options]
+    log = out.parent / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 180
+        if stop_with is not None:
+            while not (out / "checkpoints" / "last.ckpt").exists():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            process.send_signal(stop_with)
+        code = process.wait(deadline - time.monotonic())
+    assert (code == 0) is (stop_with is None), log.read_text()
+    return log.read_text()
+
+
+def final_state(out):
+    """What training led to: teacher, student, center, optimizer, learning rate and count of steps."""
+    checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["epoch"] == 3
+    names = "state_dict", "optimizer_states", "lr_schedulers", "global_step"
+    return {name: checkpoint[name] for name in names}
+
+
+@pytest.mark.parametrize("stop_with", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_was_killed_or_stopped_and_resumed_equals_the_uninterrupted_one_bitwise(
+    stop_with, uninterrupted, tmp_path
+):
+    """With the example's own shuffling and random augmentation; killed somewhere after the first of four epochs."""
     out = tmp_path / "digits"
-    command = [sys.executable, str(SCRIPT), "--out", str(out), "--epochs", "4", "--batch-size", "256"]
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 120
-        while not (out / "checkpoints" / "last.ckpt").exists():  # the end of the first epoch
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) != 0
-    assert f"interrupted.ckpt is written; go on with --resume --out {out}" in (tmp_path / "log").read_text()
+    log = run_script(out, FOUR, stop_with)
     assert not (out / "summary.json").exists()
-    step = torch.load(out / "checkpoints" / "interrupted.ckpt", weights_only=True)["global_step"]
-    assert 5 <= step < 20
-    main(["--resume", "--out", str(out)])
-    assert torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 3
-    assert [epoch for epoch, _ in read_metrics(out / "metrics")["loss"]] == [0, 1, 2, 3]
+    if stop_with == signal.SIGINT:
+        assert f"interrupted.ckpt is written; go on with --resume --out {out}" in log
+        step = torch.load(out / "checkpoints" / "interrupted.ckpt", weights_only=True)["global_step"]
+        assert 5 <= step < 20
+    run_script(out, ["--resume"])
+    torch.testing.assert_close(final_state(out), uninterrupted, rtol=0, atol=0)
     assert "frozen for 5 optimizer steps" in json.loads((out / "summary.json").read_text())["freeze"]
+    assert [epoch for epoch, _ in read_metrics(out / "metrics")["loss"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another file"])
+def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(damage, run, tmp_path, capsys):
+    out = tmp_path / "digits"
+    shutil.copytree(run, out)
+    file = out / "checkpoints" / "last.ckpt"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"<html>not found</html>")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit):
+        main(["--resume", "--out", str(out)])
+    assert f"{file} is no whole checkpoint (" in capsys.readouterr().err
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
 
 
 def test_knn_equals_scikit_learn():
