@@ -41,7 +41,7 @@ class ScheduleCallback(OverTheRun):
     def __init__(
         self,
         target: str,
-        schedule: Callable[[int, int], float] | tuple[float, float],
+        schedule: tuple[float, float] | Callable[[int, int], float],
         *,
         total_steps: int | None = None,
     ) -> None:

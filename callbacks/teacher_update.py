@@ -76,7 +76,7 @@ class TeacherUpdateCallback(OverTheRun):
         self._teachers: list[Tensor] = []
         self._losses: list[DINOLoss] = []
         self._loss_hooks: list[Any] = []
-        self._ranks = 1
+        self._ranks, self._centers = 1, 0
         self._is_checked = False  # that the parameters are still the module's once a step was made
 
     @property
@@ -86,7 +86,7 @@ class TeacherUpdateCallback(OverTheRun):
             return None
         names = ", ".join(f"{teacher} followed {student}" for student, teacher in self.pairs)
         planned = f" of {self._horizon}" if self.needs_horizon else ""
-        centers = f", {len(self._losses)} center(s) moved with it" if self._losses else ""
+        centers = f", {self._centers} center{'s' * (self._centers > 1)} with it" if self._centers else ""
         return (
             f"{names} for {self.steps_taken}{planned} optimizer steps, last with momentum "
             f"{self._momentum_of(self.steps_taken - 1):.6g}{centers}, on {self._ranks} of {self._ranks} ranks"
@@ -117,6 +117,7 @@ class TeacherUpdateCallback(OverTheRun):
             loss.defer_center_update = True
             guard = functools.partial(self._check_finite, trainer, pl_module)
             self._loss_hooks.append(loss.register_forward_hook(guard, with_kwargs=True))
+        self._centers = sum(loss.center is not None for loss in self._losses)
         super().on_train_start(trainer, pl_module)
 
     @torch.no_grad()
