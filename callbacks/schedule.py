@@ -155,11 +155,11 @@ class ScheduleCallback(OverTheRun):
             owner = getattr(owner, part, None)
         value = getattr(owner, name, None)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            options = sorted(
-                {key for optimizer in trainer.optimizers for key in optimizer.param_groups[0]} - {"params"}
-            )
+            keys = {key for optimizer in trainer.optimizers for key in optimizer.param_groups[0]}
+            options = sorted(keys - {"params", "lr", "initial_lr"})
+            found = "nothing" if value is None else f"a {type(value).__name__}"
             raise MisconfigurationException(
-                f"ScheduleCallback found no number {self.target!r} (there is {value!r}): give an option of the "
+                f"ScheduleCallback found no number {self.target!r} (there is {found}): give an option of the "
                 f"optimizers ({', '.join(options)}), the path of a number in {type(pl_module).__name__} such as "
                 '"loss.teacher_temp", or "TeacherUpdateCallback.momentum"'
             )

@@ -1,0 +1,279 @@
+"""What ScheduleCallback sets, step by step, and what it refuses. 3 epochs of 4 batches unless said otherwise."""
+
+import copy
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from toy import Manual, Toy, loader, trainer
+from views import tiny_dino, view_loader
+
+from dino_head import cosine_schedule
+from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
+
+
+class Seen(Callback):
+    """What the optimizer finds at each of its steps."""
+
+    def __init__(self, *, key="weight_decay"):
+        self.key, self.values = key, []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.values.append([group[self.key] for group in optimizer.param_groups])
+
+
+def cosine(start, end, steps):
+    return [cosine_schedule(step, start, end, steps) for step in range(steps)]
+
+
+@pytest.mark.parametrize(("accumulate", "steps"), [(1, 12), (2, 6), (3, 6)])
+def test_weight_decay_follows_the_cosine_by_optimizer_steps_and_groups_of_0_stay(accumulate, steps):
+    seen, callback = Seen(), ScheduleCallback("weight_decay", (0.04, 0.4))
+    trainer(callback, seen, accumulate_grad_batches=accumulate).fit(tiny_dino(), view_loader())
+    decayed, others = zip(*seen.values, strict=True)
+    assert decayed == pytest.approx(cosine(0.04, 0.4, steps))
+    assert others == (0.0,) * steps
+    assert callback.receipt == (f"weight_decay from 0.04 to {decayed[-1]:.6g} in {steps} of {steps} optimizer steps")
+
+
+def test_any_function_of_the_step_and_the_length_of_the_run():
+    seen = Seen()
+    trainer(ScheduleCallback("weight_decay", lambda step, total: step + total / 100), seen).fit(Toy(), loader())
+    assert [value for (value,) in seen.values] == pytest.approx([step + 0.12 for step in range(12)])
+
+
+def test_the_teachers_temperature_by_step():
+    temperatures = []
+    module = tiny_dino()
+    module.loss.warmup_teacher_temp_epochs = 0
+    module.loss.register_forward_hook(lambda loss, *_: temperatures.append(loss.temperature(0)))
+    trainer(ScheduleCallback("loss.teacher_temp", lambda step, total: 0.04 + 0.01 * (step >= 6))).fit(
+        module, view_loader()
+    )
+    assert temperatures == pytest.approx([0.04] * 6 + [0.05] * 6)
+
+
+@pytest.mark.parametrize("teacher_first", [True, False])
+def test_the_teachers_momentum(teacher_first):
+    """Momentum 0 in one step: the teacher is the student of that step, and stays with momentum 1."""
+    teacher = TeacherUpdateCallback()
+    callbacks = [teacher, ScheduleCallback("TeacherUpdateCallback.momentum", lambda step, total: float(step != 7))]
+    students = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            students.append(copy.deepcopy(pl_module.student.state_dict()))
+
+    module = Toy()
+    before = copy.deepcopy(module.teacher.state_dict())
+    trainer(*callbacks[:: 1 if teacher_first else -1], Keep()).fit(module, loader())
+    after = module.teacher.state_dict()
+    assert all(torch.equal(value, students[7][key]) for key, value in after.items())
+    assert not torch.equal(after["backbone.weight"], before["backbone.weight"])
+    assert "last with momentum 1" in teacher.receipt
+
+
+def test_an_attribute_of_the_module_itself():
+    module, seen = Toy(), []
+    module.strength = 1.0
+    module.on_train_batch_end = lambda *_: seen.append(module.strength)
+    trainer(ScheduleCallback("strength", (1.0, 0.0)), max_epochs=1).fit(module, loader())
+    assert seen == pytest.approx(cosine(1.0, 0.0, 4))
+
+
+def test_several_callbacks_get_along():
+    callbacks = [ScheduleCallback("weight_decay", (0.1, 0.2)), ScheduleCallback("eps", (1e-8, 1e-6))]
+    decay, eps = Seen(), Seen(key="eps")
+    trainer(*callbacks, decay, eps).fit(Toy(), loader())
+    assert decay.values[-1][0] > 0.19
+    assert eps.values[-1][0] > 9e-7
+
+
+@pytest.mark.parametrize("stop", [4, 6])
+def test_resumed_it_goes_on_also_through_0(stop, tmp_path):
+    """At an epoch's end and in the middle of one. A schedule that begins with 0 still finds its groups."""
+    save = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    trainer(ScheduleCallback("weight_decay", (0.0, 0.4)), save, enable_checkpointing=True).fit(Toy(), loader())
+    seen, callback = Seen(), ScheduleCallback("weight_decay", (0.0, 0.4))
+    trainer(callback, seen).fit(Toy(), loader(), ckpt_path=tmp_path / f"step={stop}.ckpt")
+    assert [value for (value,) in seen.values] == pytest.approx(cosine(0.0, 0.4, 12)[stop:])
+    assert callback.receipt.startswith("weight_decay from 0 to ")
+    assert callback.receipt.endswith("in 12 of 12 optimizer steps")
+
+
+def test_a_second_fit_of_the_same_callback_begins_anew():
+    callback = ScheduleCallback("weight_decay", (0.04, 0.4))
+    for epochs in (2, 3):
+        seen = Seen()
+        trainer(callback, seen, max_epochs=epochs).fit(Toy(), loader())
+        assert [value for (value,) in seen.values] == pytest.approx(cosine(0.04, 0.4, 4 * epochs))
+
+
+# The horizon, which the teacher's momentum shares.
+
+SCHEDULED = {
+    "schedule": lambda **options: ScheduleCallback("weight_decay", (0.04, 0.4), **options),
+    "teacher": lambda **options: TeacherUpdateCallback(**options),
+}
+
+
+@pytest.fixture(params=list(SCHEDULED))
+def scheduled(request):
+    return SCHEDULED[request.param]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_epochs": 2}, 8),
+        ({"max_steps": 5, "max_epochs": -1}, 5),
+        ({"max_steps": 5, "max_epochs": 9}, 5),
+        ({"max_epochs": 2, "limit_train_batches": 3}, 6),
+    ],
+)
+def test_the_horizon_is_the_length_of_the_run(scheduled, options, steps):
+    callback = scheduled()
+    trainer(callback, **options).fit(Toy(), loader())
+    assert f"{steps} of {steps} optimizer steps" in callback.receipt
+
+
+def test_total_steps_is_the_horizon_where_given(scheduled):
+    callback = scheduled(total_steps=100)
+    trainer(callback, max_epochs=1).fit(Toy(), loader())
+    assert "4 of 100 optimizer steps" in callback.receipt
+
+
+def test_unlimited_training_needs_a_horizon(scheduled):
+    with pytest.raises(MisconfigurationException, match=r"set max_epochs or max_steps .* total_steps=100_000"):
+        trainer(scheduled(), max_epochs=-1).fit(Toy(), loader())
+    callback = scheduled(total_steps=6)
+    trainer(callback, max_epochs=-1, max_time={"seconds": 1}).fit(Toy(), loader())
+    assert " of 6 optimizer steps" in callback.receipt
+
+
+def stopped_after_an_epoch(scheduled, tmp_path):
+    save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    trainer(scheduled(), save, max_epochs=2, enable_checkpointing=True).fit(Toy(), loader())
+    return tmp_path / "epoch=0.ckpt"
+
+
+def test_resuming_with_another_length_is_an_error_unless_asked_for(scheduled, tmp_path):
+    file = stopped_after_an_epoch(scheduled, tmp_path)
+    message = r"made for 8 optimizer steps, but this run is to have 12: .*total_steps=8 stays.*total_steps=12 goes over"
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(scheduled(), max_epochs=3).fit(Toy(), loader(), ckpt_path=file)
+    for total_steps in (8, 12):
+        callback = scheduled(total_steps=total_steps)
+        trainer(callback, max_epochs=3).fit(Toy(), loader(), ckpt_path=file)
+        assert f"12 of {total_steps} optimizer steps" in callback.receipt
+
+
+def test_resuming_with_other_data_is_an_error(scheduled, tmp_path):
+    file = stopped_after_an_epoch(scheduled, tmp_path)
+    with pytest.raises(MisconfigurationException, match="made for 8 optimizer steps, but this run is to have 10"):
+        trainer(scheduled(), max_epochs=2).fit(Toy(), loader(batches=5), ckpt_path=file)
+
+
+def test_data_that_grow_from_epoch_to_epoch_stop_the_run(scheduled):
+    class Growing(Toy):
+        def train_dataloader(self):
+            return loader(batches=4 + self.current_epoch)
+
+    message = r"made for 12 optimizer steps, but with the batches of epoch 1 the run is to have 15: .*max_steps"
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(scheduled(), reload_dataloaders_every_n_epochs=1).fit(Growing())
+    callback = scheduled()
+    trainer(callback, reload_dataloaders_every_n_epochs=1, max_steps=13, max_epochs=-1).fit(Growing())
+    assert "13 of 13 optimizer steps" in callback.receipt
+
+
+def test_accumulation_that_changes_stops_the_run(scheduled):
+    with pytest.raises(MisconfigurationException, match="with the batches of epoch 1 the run is to have 6"):
+        trainer(GradientAccumulationScheduler({0: 1, 1: 2}), scheduled()).fit(Toy(), loader())
+
+
+def test_a_constant_momentum_needs_no_horizon():
+    callback = TeacherUpdateCallback(base_momentum=0.9, final_momentum=0.9)
+    trainer(callback, max_epochs=-1, max_time={"seconds": 1}).fit(Toy(), loader())
+    assert callback.receipt.startswith(
+        f"teacher followed student for {callback.steps_taken} optimizer steps, last with momentum 0.9"
+    )
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (
+            "weight_decy",
+            r"no number 'weight_decy' \(there is None\): give an option of the optimizers \(.*weight_decay",
+        ),
+        ("student.backbone", r"no number 'student.backbone' \(there is a Sequential"),
+        ("TeacherUpdateCallback.momentum", "no number 'TeacherUpdateCallback.momentum'"),
+        ("lr", "leaves the learning rate to a scheduler that Lightning steps"),
+        ("loss.teacher_temp", r"has a warm-up over 30 epochs of its own"),
+    ],
+)
+def test_a_target_that_cannot_be_scheduled_is_refused(target, message):
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer(ScheduleCallback(target, (0.1, 0.2))).fit(tiny_dino(), view_loader())
+
+
+def test_groups_without_weight_decay_alone_are_refused():
+    module = Toy(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    with pytest.raises(MisconfigurationException, match="in no parameter group with another value than 0"):
+        trainer(ScheduleCallback("weight_decay", (0.04, 0.4))).fit(module, loader())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, True, "0.1"])
+def test_a_schedule_that_gives_no_number_stops(value):
+    with pytest.raises(MisconfigurationException, match=r"the schedule of 'weight_decay' gave .* for step 0 of 12"):
+        trainer(ScheduleCallback("weight_decay", lambda step, total: value)).fit(Toy(), loader())
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1])
+def test_a_momentum_out_of_range_stops(value):
+    callbacks = TeacherUpdateCallback(), ScheduleCallback("TeacherUpdateCallback.momentum", (value, value))
+    with pytest.raises(ValueError, match=r"TeacherUpdateCallback.momentum must be a number in \[0, 1\]"):
+        trainer(*callbacks).fit(Toy(), loader())
+
+
+def test_manual_optimization_with_total_steps():
+    seen = Seen()
+    trainer(ScheduleCallback("weight_decay", (0.1, 0.2), total_steps=12), seen).fit(Manual("lightning"), loader())
+    assert [value for (value,) in seen.values] == pytest.approx(cosine(0.1, 0.2, 12))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("", (0.0, 1.0)), "target must be a name"),
+        (("weight_decay", 0.4), r"schedule must be a function of \(step, total_steps\) or a pair"),
+        (("weight_decay", (0.4,)), "schedule must be a function"),
+        (("weight_decay", (0.4, "1")), "schedule must be a function"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ScheduleCallback(*arguments)
+
+
+def test_total_steps_out_of_range():
+    with pytest.raises(ValueError, match="total_steps must be an integer >= 1"):
+        ScheduleCallback("weight_decay", (0.0, 1.0), total_steps=0)
+    with pytest.raises(ValueError, match="total_steps must be an integer >= 1"):
+        TeacherUpdateCallback(total_steps=1.5)
+
+
+def test_the_freeze_and_the_schedules_count_the_same_steps():
+    callbacks = [
+        FreezeLastLayerCallback(steps=5),
+        ScheduleCallback("weight_decay", (0.1, 0.2)),
+        TeacherUpdateCallback(),
+    ]
+    trainer(*callbacks, accumulate_grad_batches=2).fit(Toy(), loader(batches=5))
+    assert [callback.steps_taken for callback in callbacks] == [9, 9, 9]
