@@ -210,7 +210,7 @@ def test_a_constant_momentum_needs_no_horizon():
     [
         (
             "weight_decy",
-            r"no number 'weight_decy' \(there is None\): give an option of the optimizers \(.*weight_decay",
+            r"no number 'weight_decy' \(there is nothing\): give an option of the opt.* \(.*weight_decay",
         ),
         ("student.backbone", r"no number 'student.backbone' \(there is a Sequential"),
         ("TeacherUpdateCallback.momentum", "no number 'TeacherUpdateCallback.momentum'"),
