@@ -27,6 +27,22 @@ def test_equals_the_authors_schedule(name):
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["dinov20", "dinov21", "dinov22"])
+def test_composed_with_a_pause_equals_dinov2s_schedule(name):
+    """DINOv2 may hold the learning rate at 0 for some steps first (its last layer's): the schedule, begun later."""
+    start, end, steps, warmup_steps, warmup_start, pause = FIGURES[f"{name}/args"].tolist()
+    expected = FIGURES[f"{name}/values"]
+    assert len(expected) == steps
+
+    def value(step):
+        if step < pause:
+            return 0.0
+        options = {"warmup_steps": int(warmup_steps), "warmup_start": warmup_start}
+        return cosine_schedule(step - int(pause), start, end, int(steps - pause), **options)
+
+    np.testing.assert_allclose([value(step) for step in range(int(steps))], expected, rtol=1e-6, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("step", "value"),
     # 3 warm-up steps from 0 to 1, then a cosine to 0.2 over the 4 steps 3 to 6, and 0.2 from step 7 on.

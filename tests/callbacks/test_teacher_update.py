@@ -1,9 +1,11 @@
 import copy
+import logging
 
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from toy import Manual, Toy, loader, trainer
@@ -151,6 +153,71 @@ def test_a_pair_that_does_not_fit_is_refused(change, options, message):
     change(module)
     with pytest.raises(MisconfigurationException, match=message):
         trainer(TeacherUpdateCallback(**options)).fit(module, loader())
+
+
+def test_a_teacher_that_requires_gradients_is_refused():
+    module = Toy()
+    module.teacher.requires_grad_(True)
+    with pytest.raises(MisconfigurationException, match=r"requires a gradient .* teacher.requires_grad_\(False\)"):
+        trainer(TeacherUpdateCallback()).fit(module, loader())
+
+
+def test_different_weights_at_the_start_are_refused_unless_allowed():
+    module = Toy()
+    module.teacher["backbone"].weight.data += 1
+    with pytest.raises(
+        MisconfigurationException, match=r"begins with a teacher that differs .*allow_different_weights"
+    ):
+        trainer(TeacherUpdateCallback()).fit(module, loader())
+    before = module.teacher["backbone"].weight.clone()
+    trainer(TeacherUpdateCallback(allow_different_weights=True, base_momentum=0.5)).fit(module, loader())
+    assert not torch.equal(module.teacher["backbone"].weight, before)
+
+
+def test_a_run_that_goes_on_has_a_teacher_that_differs_already():
+    module, callback = Toy(), TeacherUpdateCallback(base_momentum=0.5)
+    run = trainer(callback, max_epochs=1)
+    run.fit(module, loader())
+    run.fit_loop.max_epochs = 2
+    with pytest.raises(MisconfigurationException, match="made for 4 optimizer steps, but this run is to have 8"):
+        run.fit(module, loader())
+    callback.total_steps = 8
+    run.fit(module, loader())
+    assert callback.steps_taken == 8
+
+
+def test_a_student_that_is_replaced_under_way_stops_the_run():
+    class Replace(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *_):
+            if trainer.global_step == 2:
+                pl_module.student["backbone"] = nn.Linear(8, 8)
+
+    with pytest.raises(MisconfigurationException, match="were replaced since training began"):
+        trainer(TeacherUpdateCallback(), Replace()).fit(Toy(), loader())
+
+
+def test_deepspeed_is_refused_by_name():
+    class DeepSpeedStrategy(SingleDeviceStrategy):
+        pass
+
+    with pytest.raises(MisconfigurationException, match="TeacherUpdateCallback does not work under DeepSpeedStrategy"):
+        trainer(TeacherUpdateCallback(), strategy=DeepSpeedStrategy()).fit(Toy(), loader())
+
+
+def test_the_receipt_says_what_was_kept_and_is_logged_and_saved(tmp_path, caplog):
+    callback = TeacherUpdateCallback(base_momentum=0.5)
+    assert callback.receipt is None
+    save = ModelCheckpoint(tmp_path, filename="last")
+    with caplog.at_level(logging.INFO):
+        trainer(callback, save, enable_checkpointing=True).fit(tiny_dino(), view_loader())
+    last = cosine_schedule(11, 0.5, 1.0, 12)
+    assert callback.receipt == (
+        f"teacher followed student for 12 of 12 optimizer steps, last with momentum {last:.6g}, 1 center with it, on 1 "
+        "of 1 ranks"
+    )
+    assert [record.getMessage() for record in caplog.records].count(callback.receipt) == 1
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    assert saved["receipt"] == callback.receipt
 
 
 def test_a_teacher_in_low_precision_is_refused():
