@@ -1,0 +1,76 @@
+"""Two processes equal one, their ranks are identical, and killed runs resume: on the example and its factored path."""
+
+import copy
+
+import fits
+import pytest
+import torch
+from torch.multiprocessing import ProcessExitedException
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    return fits.run_trainers(fits.half_each, tmp_path_factory.mktemp("half-each"))
+
+
+PLAIN = ["ddp", "find_unused_parameters", "static_graph", "gradient_as_bucket_view", "fully_shard"]
+
+
+@pytest.mark.parametrize("strategy", [*PLAIN, "accumulated", "accumulated, sharded"])
+def test_the_ranks_are_identical(two, strategy):
+    first, second = (rank[strategy] for rank in two)
+    torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
+    assert first["receipts"] == second["receipts"]
+    freeze, teacher, schedule = first["receipts"]
+    steps = 6 if strategy.startswith("accumulated") else 12
+    assert f"frozen for {steps} optimizer steps, bitwise unchanged on 2 of 2 ranks" in freeze
+    assert f"for {3 * steps} of {3 * steps} optimizer steps" in teacher
+    assert teacher.endswith("1 center with it, on 2 of 2 ranks")
+    assert schedule.endswith(f"in {3 * steps} of {3 * steps} optimizer steps")
+
+
+@pytest.mark.parametrize("strategy", PLAIN)
+def test_two_processes_with_half_a_batch_equal_one_with_the_whole(two, strategy):
+    start = copy.deepcopy(fits.seeded().state_dict())
+    one = fits.fit_rules(fits.seeded())["state"]
+    torch.testing.assert_close(two[0][strategy]["state"], one, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(start["teacher.head.last_layer.weight_v"], one["teacher.head.last_layer.weight_v"])
+
+
+@pytest.mark.parametrize("strategy", ["accumulated", "accumulated, sharded"])
+def test_so_they_do_under_accumulation(two, strategy):
+    one = fits.fit_rules(fits.seeded(), accumulate_grad_batches=2)["state"]
+    torch.testing.assert_close(two[0][strategy]["state"], one, rtol=1e-4, atol=1e-5)
+
+
+def test_a_center_collected_over_several_reduced_backwards_is_the_mean_of_all(tmp_path):
+    """DDP gives all processes the first one's buffers at each such forward: what is collected must not be one."""
+    ranks = fits.run_trainers(fits.manual, tmp_path)
+    one = fits.manual(tmp_path)
+    assert [rank["steps"] for rank in ranks] == [one["steps"]] * 2 == [18] * 2
+    for rank in ranks:
+        torch.testing.assert_close(rank["state"], one["state"], rtol=1e-4, atol=1e-5)
+
+
+def test_shards_that_hide_or_hold_back_parameters_are_refused(tmp_path):
+    for errors in fits.run_trainers(fits.refusals, tmp_path):
+        assert "student.head._fsdp_wrapped_module.last_layer" in errors["flat"]
+        assert "no trainable parameter after the strategy's set-up" in errors["flat"]
+        assert "use_orig_params=True" in errors["flat"]
+        assert "were replaced since training began" in errors["gathered teacher"]
+        assert "reshard_after_forward=True" in errors["gathered teacher"]
+        assert "is sharded in another way in the teacher than in the student" in errors["teacher not sharded"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_in_the_middle_of_an_epoch_and_resumed_equals_uninterrupted_bitwise(processes, tmp_path):
+    """kill -9 of the last process, in the 6th step of the second epoch; in new processes each time."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    expected = fits.run_trainers(fits.uninterrupted, tmp_path / "whole", processes)
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        fits.run_trainers(fits.killed, tmp_path / "killed", processes)
+    assert (tmp_path / "killed" / "checkpoints" / "step=17.ckpt").exists()
+    assert not (tmp_path / "killed" / "checkpoints" / "step=18.ckpt").exists()
+    resumed = fits.run_trainers(fits.resumed, tmp_path / "killed", processes)
+    torch.testing.assert_close(resumed, expected, rtol=0, atol=0)

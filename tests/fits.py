@@ -1,0 +1,235 @@
+"""Runs of a Trainer in two processes. Importable by name, so that started processes find it."""
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import ResumableLoader
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from toy import trainer
+from views import TinyDINO, tiny_dino
+
+from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
+
+IMAGES = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def run_trainers(work: Callable[[Path], Any], folder: Path, processes: int = 2) -> list[Any]:
+    """What `work(folder)` returns in each of some processes that find each other as torchrun's do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_start, (work, folder, processes, port), nprocs=processes)
+    return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(processes)]
+
+
+def _start(rank: int, work: Callable[[Path], Any], folder: Path, processes: int, port: int) -> None:
+    world = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    os.environ.update({name: str(value) for name, value in {**world, **meeting}.items()})
+    torch.set_num_threads(1)
+    torch.save(work(folder), folder / f"result{rank}.pt")
+
+
+def rules() -> list[Any]:
+    return [
+        FreezeLastLayerCallback(1),
+        TeacherUpdateCallback(base_momentum=0.7),
+        ScheduleCallback("weight_decay", (0.04, 0.4)),
+    ]
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.04)
+
+
+def halves(batch_size: int = 4) -> DataLoader[Any]:
+    """Each process's part of the batches that one process would have: of 0 1 2 3 the first takes 0 2."""
+    world = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    sampler = DistributedSampler(IMAGES, *world, shuffle=False)
+    return DataLoader(TensorDataset(IMAGES), batch_size // world[0], sampler=sampler)
+
+
+def state(module: LightningModule) -> dict[str, torch.Tensor]:
+    """Whole values, wherever they are sharded."""
+    with torch.no_grad():
+        return {
+            name: (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+            for name, value in module.state_dict().items()
+        }
+
+
+def fit_rules(module: LightningModule, **options: Any) -> dict[str, Any]:
+    """Weights, center and receipts of a run on this process's half of the data."""
+    callbacks = rules()
+    devices = int(os.environ.get("WORLD_SIZE", 1))
+    trainer(*callbacks, devices=devices, **options).fit(module, halves())
+    return {"state": state(module), "receipts": [callback.receipt for callback in callbacks]}
+
+
+def seeded(**options: Any) -> TinyDINO:
+    torch.manual_seed(0)
+    return tiny_dino(sgd, warmup_epochs=0, clip_per_parameter=0.3, **options)
+
+
+class Sharded(TinyDINO):
+    """Both sides under fully_shard."""
+
+    reshard_teacher = True
+
+    def configure_model(self) -> None:
+        for side in (self.student, self.teacher):
+            for part in side.values():
+                mesh = self.device_mesh["data_parallel"]
+                fully_shard(part, mesh=mesh, reshard_after_forward=side is self.student or self.reshard_teacher)
+            register_fsdp_forward_method(side["head"], "factored_logits")
+
+
+def sharded(**attributes: Any) -> TinyDINO:
+    module = seeded()
+    module.__class__ = Sharded
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+class ManualDINO(TinyDINO):
+    """Manual optimization that accumulates two batches, each with a backward that reduces over the processes."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx) / 2)
+        if batch_idx % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+
+
+def ddp(**options: Any) -> DDPStrategy:
+    return DDPStrategy(process_group_backend="gloo", **options)
+
+
+def data_parallel() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+
+
+def half_each(folder: Path) -> dict[str, Any]:
+    """One run for each strategy."""
+    return {
+        "ddp": fit_rules(seeded(), strategy=ddp()),
+        "find_unused_parameters": fit_rules(seeded(), strategy=ddp(find_unused_parameters=True)),
+        "static_graph": fit_rules(seeded(), strategy=ddp(static_graph=True)),
+        "gradient_as_bucket_view": fit_rules(seeded(), strategy=ddp(gradient_as_bucket_view=True)),
+        "fully_shard": fit_rules(sharded(), strategy=data_parallel()),
+        "accumulated": fit_rules(seeded(), strategy=ddp(), accumulate_grad_batches=2),
+        "accumulated, sharded": fit_rules(sharded(), strategy=data_parallel(), accumulate_grad_batches=2),
+    }
+
+
+def manual(folder: Path) -> dict[str, Any]:
+    """Accumulation by hand, as one process or two."""
+    module = seeded()
+    module.__class__ = ManualDINO
+    module.automatic_optimization = False
+    callback = TeacherUpdateCallback(base_momentum=0.7, total_steps=18)
+    devices = int(os.environ.get("WORLD_SIZE", 1))
+    trainer(callback, devices=devices, strategy=ddp() if devices > 1 else "auto").fit(module, halves())
+    return {"state": state(module), "steps": callback.steps_taken}
+
+
+def refused(module: LightningModule, strategy: Strategy, *callbacks: Callback) -> str:
+    """The error of a run."""
+    try:
+        trainer(*callbacks, devices=2, strategy=strategy).fit(module, halves())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+class Flat(TinyDINO):
+    """FSDP with flat parameters."""
+
+    def configure_model(self) -> None:
+        self.student["head"].last_layer.weight_g.requires_grad_(True)  # else FSDP itself refuses to flatten
+        self.student["head"] = FullyShardedDataParallel(
+            self.student["head"], use_orig_params=False, device_id=torch.device("cpu")
+        )
+
+
+class OwnShards(Sharded):
+    """A student that is sharded, and a teacher that is not."""
+
+    def configure_model(self) -> None:
+        for part in self.student.values():
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+        register_fsdp_forward_method(self.student["head"], "factored_logits")
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    flat, own = seeded(), seeded()
+    flat.__class__, own.__class__ = Flat, OwnShards
+    return {
+        "flat": refused(flat, ddp(), FreezeLastLayerCallback(1)),
+        "gathered teacher": refused(sharded(reshard_teacher=False), data_parallel(), TeacherUpdateCallback()),
+        "teacher not sharded": refused(own, data_parallel(), TeacherUpdateCallback()),
+    }
+
+
+class Shuffled(LightningDataModule):
+    def train_dataloader(self) -> ResumableLoader:
+        return ResumableLoader(TensorDataset(IMAGES), 4 // self.trainer.world_size, self.trainer, seed=3)
+
+
+def random_views(images: torch.Tensor) -> list[torch.Tensor]:
+    return [images + 0.1 * torch.randn_like(images) for _ in range(3)]
+
+
+class Kill(Callback):
+    """kill -9 of this process, in the middle of a step."""
+
+    def __init__(self, at_step: int, rank: int):
+        self.at_step, self.rank = at_step, rank
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == self.at_step and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def random_run(folder: Path, *callbacks: Callback, ckpt_path: Path | None = None) -> dict[str, Any]:
+    """Shuffling, random views and dropout, AdamW; a checkpoint after each optimizer step."""
+    torch.manual_seed(0)
+    module = tiny_dino(warmup_epochs=1, seed=5)
+    module.augment = random_views
+    for side in (module.student, module.teacher):
+        side["backbone"] = nn.Sequential(side["backbone"], nn.Dropout(0.2))
+    torch.manual_seed(len(os.listdir(folder)))  # whatever state a process begins with
+    save = ModelCheckpoint(folder / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=1)
+    devices = int(os.environ.get("WORLD_SIZE", 1))
+    strategy = ddp() if devices > 1 else "auto"
+    run = trainer(
+        *rules(), save, *callbacks, devices=devices, strategy=strategy, max_epochs=2, enable_checkpointing=True
+    )
+    run.fit(module, Shuffled(), ckpt_path=ckpt_path)
+    (optimizer,), (scheduler,) = run.optimizers, run.lr_scheduler_configs
+    return {"state": state(module), "optimizer": optimizer.state_dict(), "rate": scheduler.scheduler.state_dict()}
+
+
+def uninterrupted(folder: Path) -> dict[str, Any]:
+    return random_run(folder)
+
+
+def killed(folder: Path) -> None:
+    """In the second of two epochs of 12 steps."""
+    random_run(folder, Kill(at_step=17, rank=int(os.environ.get("WORLD_SIZE", 1)) - 1))
+
+
+def resumed(folder: Path) -> dict[str, Any]:
+    return random_run(folder, ckpt_path=folder / "checkpoints" / "step=17.ckpt")
