@@ -55,5 +55,5 @@ def _check_pair(which: str, student: Tensor | None, teacher: Tensor | None) -> N
     if is_sharded[0] != is_sharded[1] or local_part(student).shape != local_part(teacher).shape:
         raise MisconfigurationException(
             f"{which} is sharded in another way in the teacher than in the student: apply fully_shard to both sides "
-            "alike"
+            "alike, and with reshard_after_forward=True, as a teacher that stays gathered would be averaged in vain"
         )

@@ -170,8 +170,7 @@ class TeacherUpdateCallback(OverTheRun):
         ):
             raise MisconfigurationException(
                 f"parameters of {self.pairs} were replaced since training began, so that the teacher would no longer "
-                "follow. Under fully_shard, a module that stays gathered after forward does this: shard with "
-                "reshard_after_forward=True"
+                "follow: copy new values into them instead, parameter.data.copy_(...)"
             )
 
     def _check_finite(
