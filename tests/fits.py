@@ -21,6 +21,7 @@ from views import TinyDINO, tiny_dino
 
 from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
 
+CAN_SHARD = hasattr(torch.cpu.Stream, "record_event")  # fully_shard of older versions of torch needs a GPU
 IMAGES = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -128,8 +129,14 @@ def half_each(folder: Path) -> dict[str, Any]:
         "find_unused_parameters": fit_rules(seeded(), strategy=ddp(find_unused_parameters=True)),
         "static_graph": fit_rules(seeded(), strategy=ddp(static_graph=True)),
         "gradient_as_bucket_view": fit_rules(seeded(), strategy=ddp(gradient_as_bucket_view=True)),
-        "fully_shard": fit_rules(sharded(), strategy=data_parallel()),
         "accumulated": fit_rules(seeded(), strategy=ddp(), accumulate_grad_batches=2),
+        **(sharded_halves() if CAN_SHARD else {}),
+    }
+
+
+def sharded_halves() -> dict[str, Any]:
+    return {
+        "fully_shard": fit_rules(sharded(), strategy=data_parallel()),
         "accumulated, sharded": fit_rules(sharded(), strategy=data_parallel(), accumulate_grad_batches=2),
     }
 
@@ -178,7 +185,8 @@ def refusals(folder: Path) -> dict[str, str]:
     flat.__class__, own.__class__ = Flat, OwnShards
     return {
         "flat": refused(flat, ddp(), FreezeLastLayerCallback(1)),
-        "gathered teacher": refused(sharded(reshard_teacher=False), data_parallel(), TeacherUpdateCallback()),
+        "gathered teacher": CAN_SHARD
+        and refused(sharded(reshard_teacher=False), data_parallel(), TeacherUpdateCallback()),
         "teacher not sharded": refused(own, data_parallel(), TeacherUpdateCallback()),
     }
 

@@ -13,7 +13,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
     ("name", "options", "printed"),
     [
         ("import_time", ["--rounds", "1"], "import dino_head / import torch: "),
-        ("callbacks", ["--rounds", "1", "--calls", "10", "--prototypes", "64"], "hooks of a frozen step: "),
+        ("callbacks", ["--rounds", "1", "--calls", "10", "--prototypes", "64"], "a loop over parameters "),
         ("objective", ["--rounds", "1", "--prototypes", "64", "--batch", "2"], "| 64 | 2 | factored frozen | "),
     ],
 )

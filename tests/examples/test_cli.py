@@ -46,7 +46,7 @@ def test_the_file_runs_with_all_callbacks(fit, tmp_path):
     [
         (("base_momentum", "base_momentun"), "base_momentun"),
         (("base_momentum: 0.98", "base_momentum: fast"), "Expected a <class 'float'>. Got value: fast"),
-        (("[0.04, 0.4]", "0.4"), "Expected a <class 'tuple'>"),
+        (("[0.04, 0.4]", "0.4"), "tuple[float, float]"),
         (("TeacherUpdateCallback", "TeacherUpdate"), "TeacherUpdate"),
     ],
 )
