@@ -61,7 +61,7 @@ class Measure(Callback):
         for name, callback in self.callbacks.items():
             callback.setup(trainer, pl_module, "fit")
             callback.on_train_start(trainer, pl_module)
-            note_step[name] = list(optimizer._optimizer_step_post_hooks.values())  # type: ignore[attr-defined]
+            note_step[name] = list(optimizer._optimizer_step_post_hooks.values())
             of_loss[name] = list(pl_module.loss._forward_hooks.values())  # type: ignore[union-attr]
             callback.on_train_end(trainer, pl_module)  # takes its hooks away
             callback.on_train_start(trainer, pl_module)

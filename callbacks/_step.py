@@ -40,6 +40,14 @@ class AfterOptimizerStep(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch the optimizers, and go on from the saved count or start one."""
+        # Lightning restores a loader only while it sets the data up, and says nothing if that was done before.
+        if any(getattr(trainer.fit_loop, "_combined_loader_states_to_load", ())):
+            raise MisconfigurationException(
+                "the state of the data loader was not restored from the checkpoint, so that the order of the batches "
+                "would be another one: something has asked for the training data before. It is often "
+                "trainer.estimated_stepping_batches in configure_optimizers: ask for it in the LambdaLR's function, "
+                "after step 0"
+            )
         if not self._has_count:  # a new run, or a callback that is added to a run under way
             self.steps_taken, self._has_count = trainer.global_step, True
         for optimizer in trainer.optimizers:

@@ -115,6 +115,54 @@ def test_a_checkpoint_between_the_step_and_the_update_is_caught_up_with(tmp_path
     assert all(torch.equal(resumed[key], value) for key, value in uninterrupted.items())
 
 
+class Stateful(torch.utils.data.DataLoader):
+    """Begins where it was; without a sampler of its own, so that the order is that of the data."""
+
+    begun = 0
+
+    def __iter__(self):
+        begin, self.begun = self.begun, 0
+        for index, batch in enumerate(super().__iter__()):
+            if index >= begin:
+                self.begun = index + 1
+                yield batch
+        self.begun = 0
+
+    def state_dict(self):
+        return {"begun": self.begun}
+
+    def load_state_dict(self, state_dict):
+        self.begun = state_dict["begun"]
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_loader_that_lightning_forgot_to_restore_stops_the_run(early, tmp_path):
+    """It does so where the data were asked for before the checkpoint was restored."""
+
+    class Asks(Toy):
+        def configure_optimizers(self):
+            if early:
+                assert self.trainer.estimated_stepping_batches == 12
+            return super().configure_optimizers()
+
+    def run(**options):
+        torch.manual_seed(0)
+        module = Asks()
+        save = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=2)
+        trainer(save, TeacherUpdateCallback(base_momentum=0.5), enable_checkpointing=True).fit(
+            module, Stateful(loader().dataset, 4), **options
+        )
+        return module.state_dict()
+
+    uninterrupted = run()
+    if early:
+        with pytest.raises(MisconfigurationException, match="estimated_stepping_batches in configure_optimizers: ask"):
+            run(ckpt_path=tmp_path / "step=6.ckpt")
+    else:
+        resumed = run(ckpt_path=tmp_path / "step=6.ckpt")
+        assert all(torch.equal(resumed[key], value) for key, value in uninterrupted.items())
+
+
 def test_buffers_stay_the_teachers_own():
     module = Toy(batch_norm=True)
     module.teacher["head"].layers[1].running_mean.fill_(7.0)
