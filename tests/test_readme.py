@@ -3,20 +3,56 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from fit_digits import digits, main
+
+from dino_head.callbacks import TeacherUpdateCallback
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_twenty_lines_run_and_print_what_the_readme_says(capsys, tmp_path, monkeypatch):
+def block(text):
+    """The code of the one block that holds the text."""
+    (found,) = [block for block in BLOCKS if text in block]
+    return compile(found, "README.md", "exec")
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch, capsys):
+    """What the block with the module leaves behind."""
     monkeypatch.chdir(tmp_path)
-    (block,) = [block for block in BLOCKS if "class Mine" in block]
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    torch.manual_seed(0)
+    namespace = {"__name__": "readme"}
+    exec(block("class Mine"), namespace)
+    return namespace
+
+
+def test_the_twenty_lines_run_and_print_what_the_readme_says(mine, capsys):
     printed = capsys.readouterr().out.strip().splitlines()[-1]  # behind the progress bar
     assert printed.startswith("student.head.last_layer frozen for 4 optimizer steps, bitwise unchanged")
     assert f"It prints `{printed}`." in README.replace("\n", " ")
+
+
+def test_the_receipts_are_those_of_the_readme(mine, capsys):
+    capsys.readouterr()
+    exec(block("rules = ["), mine)
+    printed = capsys.readouterr().out.strip().splitlines()[-4:]
+    assert "\n".join(printed) in README
+
+
+def test_a_rate_of_its_own_for_the_last_layer(mine):
+    exec(block("import parameter_groups"), mine)
+    rates = {id(p): group["lr"] for group in mine["optimizer"].param_groups for p in group["params"]}
+    assert rates.pop(id(mine["head"].last_layer.weight_v)) == 1e-4
+    assert set(rates.values()) == {5e-4}
+    assert len(rates) == sum(p.requires_grad for p in mine["student"].parameters()) - 1
+
+
+def test_the_checks_say_what_the_readme_says(mine, capsys):
+    exec(block("def make():"), mine | {"TeacherUpdateCallback": TeacherUpdateCallback})
+    assert "an uninterrupted run and one resumed at an epoch's end end apart" in capsys.readouterr().out
 
 
 def test_a_checkpoint_and_a_folder_of_images_become_features(tmp_path, monkeypatch):
@@ -37,13 +73,13 @@ def test_a_checkpoint_and_a_folder_of_images_become_features(tmp_path, monkeypat
 
 
 def test_no_python_block_is_left_out():
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 6
 
 
 def test_the_table_of_guarantees_names_tests_that_exist():
-    source = (ROOT / "tests" / "callbacks" / "test_freeze_last_layer.py").read_text()
+    source = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     named = re.findall(r"`(test_\w+)`", README)
-    assert len(named) >= 14
+    assert len(set(named)) >= 30
     assert [name for name in named if f"def {name}(" not in source] == []
 
 

@@ -17,7 +17,7 @@ from toy import Manual, Recorder, SaveRank, Toy, adamw, loader, trainer
 from views import tiny_dino, view_loader
 
 from dino_head import DINOProjectionHead
-from dino_head.callbacks import FreezeLastLayerCallback
+from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback
 
 FROZEN_2_OF_3 = [False] * 8 + [True] * 4
 
@@ -200,6 +200,14 @@ def test_clipping(algorithm):
 
 def test_bf16_mixed():
     assert fit(Toy(), FreezeLastLayerCallback(), precision="bf16-mixed").moved == FROZEN_2_OF_3
+
+
+def test_bf16_true():
+    schedule = ScheduleCallback("weight_decay", (0.04, 0.4))
+    module = Toy()
+    assert fit(module, FreezeLastLayerCallback(), schedule, precision="bf16-true").moved == FROZEN_2_OF_3
+    assert module.student["head"].last_layer.weight_v.dtype == torch.bfloat16
+    assert schedule.receipt.endswith("in 12 of 12 optimizer steps")
 
 
 def test_manual_backward():
