@@ -25,6 +25,11 @@ def find_parameters(pl_module: LightningModule, pairs: Sequence[tuple[str, str]]
         for name in student | teacher:
             _check_pair(f"{name!r} of {names}", student.get(name), teacher.get(name))
             found.append((student[name], teacher[name]))
+    if len({id(teacher) for _, teacher in found}) < len(found):
+        raise MisconfigurationException(
+            f"a parameter of a teacher is in more than one of the pairs {tuple(pairs)}, and would be averaged "
+            "more than once a step: name each teacher, or part of it, once"
+        )
     return found
 
 

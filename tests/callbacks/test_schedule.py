@@ -92,14 +92,16 @@ def test_several_callbacks_get_along():
 
 
 @pytest.mark.parametrize("stop", [4, 6])
-def test_resumed_it_goes_on_also_through_0(stop, tmp_path):
-    """At an epoch's end and in the middle of one. A schedule that begins with 0 still finds its groups."""
+@pytest.mark.parametrize("schedule", [(0.1, 0.4), lambda step, total: 0.1 * (step >= 9)])
+def test_resumed_it_goes_on_also_where_it_stood_at_0(schedule, stop, tmp_path):
+    """At an epoch's end and in the middle of one. Groups that are 0 for a while by the schedule are still its own."""
     save = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
-    trainer(ScheduleCallback("weight_decay", (0.0, 0.4)), save, enable_checkpointing=True).fit(Toy(), loader())
-    seen, callback = Seen(), ScheduleCallback("weight_decay", (0.0, 0.4))
-    trainer(callback, seen).fit(Toy(), loader(), ckpt_path=tmp_path / f"step={stop}.ckpt")
-    assert [value for (value,) in seen.values] == pytest.approx(cosine(0.0, 0.4, 12)[stop:])
-    assert callback.receipt.startswith("weight_decay from 0 to ")
+    whole, rest, callback = Seen(), Seen(), ScheduleCallback("weight_decay", schedule)
+    trainer(ScheduleCallback("weight_decay", schedule), whole, save, enable_checkpointing=True).fit(Toy(), loader())
+    trainer(callback, rest).fit(Toy(), loader(), ckpt_path=tmp_path / f"step={stop}.ckpt")
+    assert rest.values == whole.values[stop:]
+    assert rest.values[-1][0] > 0.09
+    assert callback.receipt.startswith(f"weight_decay from {whole.values[0][0]:.6g} to ")
     assert callback.receipt.endswith("in 12 of 12 optimizer steps")
 
 

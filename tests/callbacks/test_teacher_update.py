@@ -189,6 +189,11 @@ def test_several_pairs():
         ),
         (lambda module: setattr(module, "teacher", module.student), {}, "is one and the same parameter"),
         (
+            lambda module: None,
+            {"pairs": (("student", "teacher"), ("student.head", "teacher.head"))},
+            "a parameter of a teacher is in more than one of the pairs",
+        ),
+        (
             lambda module: module.teacher.update({"backbone": nn.Linear(8, 9)}),
             {},
             r"'backbone.weight' of .* is \(8, 8\) in the student and \(9, 8\) in the teacher: make the teacher with",
