@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from toy import Manual, Toy, loader, trainer
+from toy import Manual, Stateful, Toy, loader, trainer
 from views import tiny_dino, view_loader
 
 from dino_head import cosine_schedule
@@ -113,26 +113,6 @@ def test_a_checkpoint_between_the_step_and_the_update_is_caught_up_with(tmp_path
         run(Interrupt(tmp_path / "between.ckpt", 2))
     resumed = run(ckpt_path=tmp_path / "between.ckpt")
     assert all(torch.equal(resumed[key], value) for key, value in uninterrupted.items())
-
-
-class Stateful(torch.utils.data.DataLoader):
-    """Begins where it was; without a sampler of its own, so that the order is that of the data."""
-
-    begun = 0
-
-    def __iter__(self):
-        begin, self.begun = self.begun, 0
-        for index, batch in enumerate(super().__iter__()):
-            if index >= begin:
-                self.begun = index + 1
-                yield batch
-        self.begun = 0
-
-    def state_dict(self):
-        return {"begun": self.begun}
-
-    def load_state_dict(self, state_dict):
-        self.begun = state_dict["begun"]
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -7,7 +7,7 @@ import torch
 from data import ResumableLoader
 from lightning.pytorch import Callback, LightningDataModule
 from torch import nn
-from toy import Toy, loader
+from toy import Stateful, Toy, loader
 from views import tiny_dino, view_loader
 
 from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
@@ -105,6 +105,11 @@ def test_resume_of_an_ordinary_loader_at_an_epochs_end():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_resume_of_the_example_with_shuffling_random_views_and_dropout(workers):
     assert_resume_invariant(lambda: random_example(num_workers=workers))
+
+
+def test_resume_of_the_example_with_a_loader_that_saves_where_it_is():
+    """Lightning restores such a loader only if nothing has asked for the data before: the example does not."""
+    assert_resume_invariant(lambda: (tiny_dino(), Stateful(view_loader().dataset, 4), callbacks()))
 
 
 def test_resume_under_accumulation():
