@@ -91,23 +91,22 @@ class SaveRank(Callback):
 
 
 class Stateful(DataLoader[Any]):
-    """Begins where it was; without a sampler of its own, so that the order is that of the data."""
+    """Begins where it was when it was saved, once; without a sampler, so that the order is that of the data."""
 
-    begun = 0
+    done, begin = 0, 0
 
     def __iter__(self):
-        begin, self.begun = self.begun, 0
+        begin, self.begin = self.begin, 0
         for index, batch in enumerate(super().__iter__()):
             if index >= begin:
-                self.begun = index + 1
+                self.done = index + 1
                 yield batch
-        self.begun = 0
 
     def state_dict(self):
-        return {"begun": self.begun}
+        return {"done": self.done % len(self)}
 
     def load_state_dict(self, state_dict):
-        self.begun = state_dict["begun"]
+        self.begin = state_dict["done"]
 
 
 def loader(batches: int = 4, batch_size: int = 4) -> DataLoader[Any]:

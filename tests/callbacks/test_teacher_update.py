@@ -132,6 +132,7 @@ def test_a_loader_that_lightning_forgot_to_restore_stops_the_run(early, tmp_path
         trainer(save, TeacherUpdateCallback(base_momentum=0.5), enable_checkpointing=True).fit(
             module, Stateful(loader().dataset, 4), **options
         )
+        assert module.trainer.global_step == 12
         return module.state_dict()
 
     uninterrupted = run()
