@@ -40,8 +40,9 @@ class AfterOptimizerStep(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch the optimizers, and go on from the saved count or start one."""
-        # Lightning restores a loader only while it sets the data up, and says nothing if that was done before.
-        if any(getattr(trainer.fit_loop, "_combined_loader_states_to_load", ())):
+        # In the middle of an epoch Lightning restores a loader while it sets the data up, and says nothing if that was
+        # done before.
+        if trainer.fit_loop.restarting and any(getattr(trainer.fit_loop, "_combined_loader_states_to_load", ())):
             raise MisconfigurationException(
                 "the state of the data loader was not restored from the checkpoint, so that the order of the batches "
                 "would be another one: something has asked for the training data before. It is often "
