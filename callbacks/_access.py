@@ -6,15 +6,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def find_submodule(pl_module: LightningModule, name: str) -> nn.Module:
-    """`pl_module.get_submodule(name)`, with an error that says what there is."""
+def find_submodule(pl_module: LightningModule, name: str, argument: str) -> nn.Module:
+    """`pl_module.get_submodule(name)`, with an error that says which argument gave the name and what there is."""
     try:
         return pl_module.get_submodule(name)
     except AttributeError as error:
         children = ", ".join(child for child, _ in pl_module.named_children())
         raise MisconfigurationException(
-            f"{type(pl_module).__name__} has no submodule {name!r} ({error}); it has {children}: "
-            "give a name as named_modules() lists them"
+            f"{type(pl_module).__name__} has no submodule {name!r} ({error}); it has {children}: give names "
+            f"as named_modules() lists them, with {argument}"
         ) from None
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from dino_head.callbacks._access import find_submodule, refuse_deepspeed
 from dino_head.head import DINOProjectionHead
 
+MODULE = 'module="student.head"'
+
 
 @dataclass
 class Record:
@@ -46,7 +48,7 @@ def find_targets(pl_module: LightningModule, module: str | None, has_limit: bool
     """The last layers of all heads, or the one named module; `has_limit`: the limit is not the head's own."""
     heads = [(name, found) for name, found in pl_module.named_modules() if isinstance(found, DINOProjectionHead)]
     if module is not None:
-        chosen = find_submodule(pl_module, module)
+        chosen = find_submodule(pl_module, module, MODULE)
         chosen = getattr(chosen, "_orig_mod", chosen)  # of torch.compile
         if not isinstance(chosen, DINOProjectionHead):
             if not has_limit:
@@ -104,9 +106,9 @@ def check_trainer(trainer: Trainer, targets: Sequence[Target]) -> None:
     if optimized and not frozen.keys() <= set().union(*optimized):
         name = next(name for key, name in frozen.items() if not any(key in keys for keys in optimized))
         raise MisconfigurationException(
-            f"a parameter of {name} is in no optimizer, so that it would never train, also after the freeze: pass all "
-            "of the student's parameters to the optimizer in configure_optimizers, and let a teacher require no "
-            "gradient, teacher.requires_grad_(False)"
+            f"a parameter of {name} is in no optimizer, though it requires a gradient, and would never train: if it is "
+            "a teacher's, let that require none, teacher.requires_grad_(False); if it is the student's, pass all of "
+            "its parameters to the optimizer in configure_optimizers"
         )
     has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
     if has_scaler and any(keys <= frozen.keys() for keys in optimized):

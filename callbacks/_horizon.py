@@ -24,6 +24,7 @@ class OverTheRun(AfterOptimizerStep):
         super().__init__()
         if total_steps is not None:
             check_integer("total_steps", total_steps, 1, " (optimizer steps of the whole schedule)")
+            total_steps = int(total_steps)  # a number of NumPy's could not be loaded from a checkpoint
         self.total_steps = total_steps
         self._horizon: int | None = None  # the number in force
 
@@ -35,7 +36,7 @@ class OverTheRun(AfterOptimizerStep):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, before a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
-        if not self._has_count:
+        if stage == "fit" and not self._has_count:
             self._horizon = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -58,8 +59,8 @@ class OverTheRun(AfterOptimizerStep):
         if self.needs_horizon and self.total_steps is None and self._length(trainer) != self._horizon:
             raise MisconfigurationException(
                 f"{type(self).__name__} follows a schedule that was made for {self._horizon} optimizer steps, but with "
-                f"the batches of epoch {trainer.current_epoch} the run is to have {self._length(trainer)}: fix the "
-                "length with max_steps in the Trainer, or with total_steps in the callback"
+                f"the batches and accumulation of epoch {trainer.current_epoch} it is to have {self._length(trainer)}: "
+                "fix the length with max_steps in the Trainer, or with total_steps in the callback"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -10,27 +10,29 @@ from torch.distributed.tensor import DTensor
 
 from dino_head.callbacks._access import find_submodule, local_part
 
+PAIRS = 'pairs=(("student", "teacher"),)'
+
 
 def find_parameters(pl_module: LightningModule, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tensor, Tensor]]:
-    """Each parameter of the students with the teacher's of the same name, checked to fit."""
-    found: list[tuple[Tensor, Tensor]] = []
+    """Each parameter of the teachers, once, with the student's of the same name in front of it; checked to fit."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
     for names in pairs:
         student, teacher = (
             {
                 name.replace("_orig_mod.", ""): parameter  # torch.compile may have wrapped one side alone
-                for name, parameter in find_submodule(pl_module, side).named_parameters()
+                for name, parameter in find_submodule(pl_module, side, PAIRS).named_parameters()
             }
             for side in names
         )
         for name in student | teacher:
             _check_pair(f"{name!r} of {names}", student.get(name), teacher.get(name))
-            found.append((student[name], teacher[name]))
-    if len({id(teacher) for _, teacher in found}) < len(found):
-        raise MisconfigurationException(
-            f"a parameter of a teacher is in more than one of the pairs {tuple(pairs)}, and would be averaged "
-            "more than once a step: name each teacher, or part of it, once"
-        )
-    return found
+            student_of_teacher, _ = found.setdefault(id(teacher[name]), (student[name], teacher[name]))
+            if student_of_teacher is not student[name]:
+                raise MisconfigurationException(
+                    f"{name!r} of {names} is in another pair as well, with another student: a teacher's parameter can "
+                    "follow one alone"
+                )
+    return list(found.values())
 
 
 def _check_pair(which: str, student: Tensor | None, teacher: Tensor | None) -> None:

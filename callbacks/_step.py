@@ -35,7 +35,7 @@ class AfterOptimizerStep(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, before a checkpoint is loaded."""
-        if trainer.global_step == 0 and trainer.current_epoch == 0:
+        if stage == "fit" and trainer.global_step == 0 and trainer.current_epoch == 0:
             self._has_count = self._is_pending = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dino_head._arguments import check_integer
 from dino_head.callbacks._access import find_submodule, local_part
-from dino_head.callbacks._find import Record, Target, check_trainer, find_targets
+from dino_head.callbacks._find import MODULE, Record, Target, check_trainer, find_targets
 from dino_head.callbacks._step import AfterOptimizerStep
 from dino_head.prototypes import Prototypes, cancel_gradients
 
@@ -98,7 +98,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, before a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
-        if not self._has_count:
+        if stage == "fit" and not self._has_count:
             self._records = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,6 +121,10 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         if self._frozen:
             check_trainer(trainer, self._frozen)
         super().on_train_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End a freeze whose last epoch ended without a last batch: data may stop short of their announced length."""
+        self._release(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Let frozen last layers spend nothing on gradients that would be cancelled."""
@@ -164,6 +168,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare, and end a freeze whose last epoch this was (and was not cut short, by max_steps for instance)."""
+        self._unmark()  # of a batch that was left out
         for target in self._frozen:
             self._compare(trainer, pl_module, target)
         self._release(trainer, pl_module, epochs_ahead=int(trainer.is_last_batch))
@@ -229,6 +234,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             self._check_cancelled(trainer, target)
             self._frozen.remove(target)
             self._write_receipt(trainer, target)
+            target.before = {}
 
     def _check_cancelled(self, trainer: Trainer, target: Target) -> None:
         # A head that shares the layer, or another instance, may have cancelled first, and a process's shard may be
@@ -264,4 +270,4 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 
 def _values(pl_module: LightningModule, name: str) -> dict[str, Tensor]:
     """This process's part of all parameters of the module that now has this name."""
-    return {key: local_part(parameter) for key, parameter in find_submodule(pl_module, name).named_parameters()}
+    return {key: local_part(parameter) for key, parameter in find_submodule(pl_module, name, MODULE).named_parameters()}

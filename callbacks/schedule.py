@@ -1,12 +1,15 @@
 """Any number that changes from step to step: weight decay, temperature, momentum."""
 
+import difflib
 import functools
+import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dino_head.callbacks._horizon import OverTheRun
 from dino_head.losses import DINOLoss
@@ -18,7 +21,7 @@ class ScheduleCallback(OverTheRun):
 
         ScheduleCallback("weight_decay", (0.04, 0.4))                      # DINO's cosine, in the optimizers' groups
         ScheduleCallback("loss.teacher_temp", lambda step, total: 0.04 if step < 500 else 0.07)
-        ScheduleCallback("TeacherUpdateCallback.momentum", (0.99, 1.0))
+        ScheduleCallback("TeacherUpdateCallback.momentum", (0.99, 1.0))    # of all such callbacks
 
     How: in `on_train_batch_start`, so that the forward pass, the optimizer and the teacher's update of one step see one
     value, all micro-batches of an accumulation window the same. (The learning rate stays with a scheduler that
@@ -52,10 +55,11 @@ class ScheduleCallback(OverTheRun):
             _check_pair(schedule)
             start, end = schedule
             schedule = functools.partial(_cosine, start=float(start), end=float(end))
+        _check_arguments(schedule)
         self.target = target
         self.schedule = schedule
-        self._groups: list[tuple[int, int]] | None = None  # optimizer and group, where the target is one of theirs
-        self._set: Callable[[float], None] | None = None
+        self._follows: list[bool] = []  # for each parameter group, where the target is an option of theirs
+        self._setters: list[Callable[[float], None]] = []
         self._set_for: int | None = None  # the step whose value is in place
         self._first: float | None = None
         self._last: float | None = None
@@ -78,27 +82,33 @@ class ScheduleCallback(OverTheRun):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, before a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
-        if not self._has_count:
-            self._groups = self._first = self._last = None
+        if stage == "fit" and not self._has_count:
+            self._follows, self._first, self._last = [], None, None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the target."""
         super().on_train_start(trainer, pl_module)
-        self._set, self._set_for = self._find(trainer, pl_module), None
+        self._find(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find it again: callbacks that unfreeze a backbone add parameter groups."""
+        super().on_train_epoch_start(trainer, pl_module)
+        self._find(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the value of the step to come."""
         if self._set_for == self.steps_taken:
             return
-        assert self._set is not None
         assert self._horizon is not None
         value = self.schedule(self.steps_taken, self._horizon)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not _is_number(value) or not math.isfinite(value):
             raise MisconfigurationException(
                 f"the schedule of {self.target!r} gave {value!r} for step {self.steps_taken} of {self._horizon}: it "
-                "must give a finite float"
+                "must give a finite number"
             )
-        self._set(float(value))
+        value = int(value) if isinstance(value, Integral) else float(value)
+        for put in self._setters:
+            put(value)
         self._set_for, self._last = self.steps_taken, float(value)
         if self._first is None:
             self._first = self._last
@@ -108,67 +118,89 @@ class ScheduleCallback(OverTheRun):
 
     def state_dict(self) -> dict[str, Any]:
         """The count, the horizon, and what was set where."""
-        return {**super().state_dict(), "groups": self._groups, "first": self._first, "last": self._last}
+        return {**super().state_dict(), "follows": self._follows, "first": self._first, "last": self._last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up those of a run that goes on."""
         super().load_state_dict(state_dict)
-        self._groups, self._first, self._last = (state_dict[key] for key in ("groups", "first", "last"))
+        self._follows, self._first, self._last = (state_dict[key] for key in ("follows", "first", "last"))
 
-    def _find(self, trainer: Trainer, pl_module: LightningModule) -> Callable[[float], None]:
-        groups = {
-            (i, j): group
-            for i, optimizer in enumerate(trainer.optimizers)
-            for j, group in enumerate(optimizer.param_groups)
-        }
-        if any(self.target in group for group in groups.values()):
-            if self.target == "lr":
-                raise MisconfigurationException(
-                    "ScheduleCallback leaves the learning rate to a scheduler that Lightning steps: return "
-                    'LambdaLR(optimizer, lambda step: cosine_schedule(...)) with "interval": "step" from '
-                    "configure_optimizers"
-                )
-            if self._groups is None:  # noted once: a schedule may pass through 0
-                self._groups = [key for key, group in groups.items() if group.get(self.target)]
-            if not self._groups:
-                raise MisconfigurationException(
-                    f"ScheduleCallback found {self.target!r} in no parameter group with another value than 0, which "
-                    f"groups keep: give those that are to follow the schedule any other {self.target!r}"
-                )
-            return functools.partial(_set_in_groups, [groups[key] for key in self._groups], self.target)
-        owner, name = self._owner(trainer, pl_module)
-        if isinstance(owner, DINOLoss) and name == "teacher_temp" and owner.warmup_teacher_temp_epochs:
+    def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        self._set_for = None
+        if self.target.rpartition(".")[2] in ("lr", "initial_lr", "learning_rate"):
             raise MisconfigurationException(
-                f"{self.target!r} has a warm-up over {owner.warmup_teacher_temp_epochs} epochs of its own: leave the "
-                "schedule to one of the two, DINOLoss(..., warmup_teacher_temp_epochs=0)"
+                "ScheduleCallback leaves the learning rate to a scheduler that Lightning steps: return "
+                'LambdaLR(optimizer, lambda step: cosine_schedule(...)) with "interval": "step" from '
+                "configure_optimizers"
             )
-        return functools.partial(setattr, owner, name)
+        if any(self.target in group for group in groups):
+            self._setters = self._find_groups(groups)
+        else:
+            self._setters = [
+                functools.partial(setattr, owner, name) for owner, name in self._owners(trainer, pl_module)
+            ]
 
-    def _owner(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Any, str]:
-        """The object and the name of its number."""
+    def _find_groups(self, groups: list[dict[str, Any]]) -> list[Callable[[float], None]]:
+        values = [group.get(self.target, 0.0) for group in groups]
+        if not all(map(_is_number, values)):
+            raise MisconfigurationException(
+                f"ScheduleCallback sets numbers, but {self.target!r} of the optimizer's groups is of type "
+                f"{type(values[0]).__name__}: choose another option"
+            )
+        # Noted once for each group, as a schedule may pass through 0.
+        self._follows += [value != 0 for value in values[len(self._follows) :]]
+        if not any(self._follows):
+            raise MisconfigurationException(
+                f"ScheduleCallback found {self.target!r} in no parameter group with another value than 0, which groups "
+                f"keep: give those that are to follow the schedule any other {self.target!r}"
+            )
+        chosen = [group for group, follows in zip(groups, self._follows, strict=True) if follows]
+        return [functools.partial(group.__setitem__, self.target) for group in chosen]
+
+    def _owners(self, trainer: Trainer, pl_module: LightningModule) -> list[tuple[Any, str]]:
+        """The objects that have the number, and its name."""
         path, _, name = self.target.rpartition(".")
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if type(callback).__name__ == path and hasattr(callback, name):
-                return callback, name
-        owner: Any = pl_module
-        for part in path.split(".") if path else ():
-            owner = getattr(owner, part, None)
-        value = getattr(owner, name, None)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            keys = {key for optimizer in trainer.optimizers for key in optimizer.param_groups[0]}
-            options = sorted(keys - {"params", "lr", "initial_lr"})
-            found = "nothing" if value is None else f"a {type(value).__name__}"
-            raise MisconfigurationException(
-                f"ScheduleCallback found no number {self.target!r} (there is {found}): give an option of the "
-                f"optimizers ({', '.join(options)}), the path of a number in {type(pl_module).__name__} such as "
-                '"loss.teacher_temp", or "TeacherUpdateCallback.momentum"'
-            )
-        return owner, name
+        owners = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if type(callback).__name__ == path and hasattr(callback, name)
+        ]
+        if not owners:
+            owner: Any = pl_module
+            for part in path.split(".") if path else ():
+                owner = getattr(owner, part, None)
+                owner = getattr(owner, "_orig_mod", owner)  # of torch.compile
+            owners = [owner]
+        for owner in owners:
+            value = getattr(owner, name, None)
+            may_be_unset = isinstance(owner, Callback) and hasattr(owner, name) and value is None
+            if not _is_number(value) and not may_be_unset:
+                self._refuse(trainer, pl_module, owner, value)
+            if isinstance(owner, DINOLoss) and name == "teacher_temp" and owner.warmup_teacher_temp_epochs:
+                raise MisconfigurationException(
+                    f"{self.target!r} has a warm-up over {owner.warmup_teacher_temp_epochs} epochs of its own: leave "
+                    "the schedule to one of the two, DINOLoss(..., warmup_teacher_temp_epochs=0)"
+                )
+        return [(owner, name) for owner in owners]
+
+    def _refuse(self, trainer: Trainer, pl_module: LightningModule, owner: object, value: object) -> None:
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        options = {key for group in groups for key, of in group.items() if _is_number(of)} - {"lr", "initial_lr"}
+        path, dot, _ = self.target.rpartition(".")
+        names = {path + dot + name for name, of in getattr(owner, "__dict__", {}).items() if _is_number(of)}
+        close = difflib.get_close_matches(self.target, [*options, *names], n=1)
+        raise MisconfigurationException(
+            f"ScheduleCallback found no number {self.target!r} (there is "
+            f"{'nothing' if value is None else f'a {type(value).__name__}'}"
+            f"{f'; did you mean {close[0]!r}?' if close else ''}): give an option of the optimizers "
+            f"({', '.join(sorted(options))}), the path of a number in {type(pl_module).__name__}, such as "
+            '"loss.teacher_temp" of a DINOLoss named loss, or "Callback.attribute" of a callback that the Trainer has'
+        )
 
 
-def _set_in_groups(groups: list[dict[str, Any]], key: str, value: float) -> None:
-    for group in groups:
-        group[key] = value
+def _is_number(value: object) -> TypeGuard[Real]:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _cosine(step: int, total_steps: int, *, start: float, end: float) -> float:
@@ -176,8 +208,14 @@ def _cosine(step: int, total_steps: int, *, start: float, end: float) -> float:
 
 
 def _check_pair(schedule: object) -> None:
-    is_pair = isinstance(schedule, (tuple, list)) and len(schedule) == 2
-    if not is_pair or any(isinstance(end, bool) or not isinstance(end, (int, float)) for end in schedule):  # type: ignore[attr-defined]
+    if not isinstance(schedule, (tuple, list)) or len(schedule) != 2 or not all(map(_is_number, schedule)):
         raise ValueError(
             f"schedule must be a function of (step, total_steps) or a pair of numbers (start, end), got {schedule!r}"
         )
+
+
+def _check_arguments(schedule: Callable[..., Any]) -> None:
+    try:
+        inspect.signature(schedule).bind(0, 1)
+    except TypeError as error:
+        raise ValueError(f"schedule must be a function of (step, total_steps), got another one: {error}") from None

@@ -1,8 +1,5 @@
 """The teacher as an exponential moving average of the student."""
 
-import functools
-import inspect
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +10,10 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dino_head._arguments import check_number
-from dino_head.callbacks._access import find_submodule, local_part, refuse_deepspeed
-from dino_head.callbacks._finite import explain
+from dino_head.callbacks._access import local_part, refuse_deepspeed
 from dino_head.callbacks._horizon import OverTheRun
+from dino_head.callbacks._losses import GuardedLosses
 from dino_head.callbacks._pairs import find_parameters
-from dino_head.losses import DINOLoss
 from dino_head.schedules import cosine_schedule
 
 
@@ -32,10 +28,11 @@ class TeacherUpdateCallback(OverTheRun):
 
     How: in `on_train_batch_end`, after the optimizer and before ModelCheckpoint, so that a checkpoint at any step holds
     the teacher of that step. While it trains, the callback also looks at each value of a DINOLoss (on a GPU this waits
-    for the forward pass) and stops before a NaN reaches the weights.
+    for the forward pass; a compiled loss has a graph break there) and stops before a NaN reaches the weights.
 
     Args:
-        pairs: names of the (student, teacher) submodules of the LightningModule.
+        pairs: names of the (student, teacher) submodules of the LightningModule. What they leave out of a teacher never
+            moves.
         base_momentum: m at the first update, in [0, 1].
         final_momentum: m at the end of the run, in [0, 1].
         total_steps: optimizer steps of the cosine; None: those of the run.
@@ -65,6 +62,7 @@ class TeacherUpdateCallback(OverTheRun):
         super().__init__(total_steps)
         check_number("base_momentum", base_momentum, 0, 1)
         check_number("final_momentum", final_momentum, 0, 1)
+        pairs = tuple(pairs)
         if not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
             raise ValueError(f'pairs must hold (student, teacher) names like (("student", "teacher"),), got {pairs!r}')
         self.pairs = tuple((student, teacher) for student, teacher in pairs)
@@ -74,8 +72,7 @@ class TeacherUpdateCallback(OverTheRun):
         self._parameters: list[tuple[Tensor, Tensor]] = []  # of student and teacher
         self._students: list[Tensor] = []  # this process's parts of them
         self._teachers: list[Tensor] = []
-        self._losses: list[DINOLoss] = []
-        self._loss_hooks: list[Any] = []
+        self._losses: GuardedLosses | None = None
         self._ranks, self._centers = 1, 0
         self._is_checked = False  # that the parameters are still the module's once a step was made
 
@@ -102,6 +99,12 @@ class TeacherUpdateCallback(OverTheRun):
         """A constant momentum needs none."""
         return self.base_momentum != self.final_momentum
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget an earlier run, before a checkpoint is loaded."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and not self._has_count:
+            self.momentum = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find pairs and losses, and refuse what could not be averaged."""
         refuse_deepspeed(trainer, type(self).__name__, "may keep parameters outside of their modules")
@@ -112,13 +115,21 @@ class TeacherUpdateCallback(OverTheRun):
         is_fresh = trainer.global_step == 0 and not self._has_count
         if is_fresh and not self.allow_different_weights:
             self._check_equal_weights(trainer)
-        for loss in [module for module in pl_module.modules() if isinstance(module, DINOLoss)]:
-            self._losses.append(loss)
-            loss.defer_center_update = True
-            guard = functools.partial(self._check_finite, trainer, pl_module)
-            self._loss_hooks.append(loss.register_forward_hook(guard, with_kwargs=True))
-        self._centers = sum(loss.center is not None for loss in self._losses)
+        self._check_other_callbacks(trainer, pl_module)
+        self._losses = GuardedLosses(trainer, pl_module, self.pairs)
+        self._centers = self._losses.centers
         super().on_train_start(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Take charge of the losses, for the time of the batch."""
+        if self._losses is not None:
+            self._losses.take()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Update, if an optimizer stepped."""
+        if self._losses is not None:
+            self._losses.release()
+        super().on_train_batch_end(trainer, pl_module, *args)
 
     @torch.no_grad()
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,21 +139,23 @@ class TeacherUpdateCallback(OverTheRun):
             self._check_current(pl_module)
             self._is_checked = True
         get_ema_multi_avg_fn(self._momentum_of(update))(self._teachers, self._students, update)
-        for loss in self._losses:
-            loss.apply_center_update()
+        if self._losses is not None:
+            self._losses.apply_center_updates()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a teacher that would never move, or that is no longer the module's."""
+        if self._losses is not None:
+            self._losses.release()  # of a batch that was left out
         self.require_steps(trainer, self.steps_taken)
         self._check_current(pl_module)
 
     def _unhook(self) -> None:
         super()._unhook()
-        for hook in self._loss_hooks:
-            hook.remove()
-        for loss in self._losses:
-            loss.defer_center_update = False
-        self._loss_hooks, self._losses = [], []
+        if self._losses is not None:
+            self._losses.release()
+            self._losses.forget()
+        self._losses = None
+        self._parameters, self._students, self._teachers = [], [], []
 
     def _momentum_of(self, update: int) -> float:
         if self.momentum is not None:
@@ -161,6 +174,17 @@ class TeacherUpdateCallback(OverTheRun):
                 "TeacherUpdateCallback(allow_different_weights=True)"
             )
 
+    def _check_other_callbacks(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        mine = {id(teacher) for _, teacher in self._parameters}
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, TeacherUpdateCallback) and other is not self:
+                theirs = {id(teacher) for _, teacher in find_parameters(pl_module, other.pairs)}
+                if not mine.isdisjoint(theirs):
+                    raise MisconfigurationException(
+                        f"two TeacherUpdateCallbacks, of {self.pairs} and {other.pairs}, would average the same "
+                        "parameters of a teacher twice a step: let each have teachers of its own"
+                    )
+
     def _check_current(self, pl_module: LightningModule) -> None:
         now = find_parameters(pl_module, self.pairs)
         if len(now) != len(self._parameters) or any(
@@ -171,24 +195,4 @@ class TeacherUpdateCallback(OverTheRun):
             raise MisconfigurationException(
                 f"parameters of {self.pairs} were replaced since training began, so that the teacher would no longer "
                 "follow: copy new values into them instead, parameter.data.copy_(...)"
-            )
-
-    def _check_finite(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        loss: DINOLoss,
-        arguments: tuple[Any, ...],
-        options: dict[str, Any],
-        value: Tensor,
-    ) -> None:
-        if loss.training and not math.isfinite(value.item()):
-            given = inspect.signature(loss.forward).bind(*arguments, **options).arguments
-            outputs = given["teacher_out"], given["student_out"]
-            students, teachers = (
-                [find_submodule(pl_module, name) for name in side] for side in zip(*self.pairs, strict=True)
-            )
-            raise FloatingPointError(
-                f"the loss is {value.item()} in epoch {trainer.current_epoch}, at optimizer step "
-                f"{trainer.global_step}: {explain(outputs, (teachers, students))}. Nothing was updated in this step"
             )

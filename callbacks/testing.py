@@ -9,14 +9,15 @@
     assert_resume_invariant(make)
 
 Each trains for a few steps on the CPU unless told otherwise (`accelerator="gpu"` and any other argument of the
-Trainer), and raises an AssertionError that says what differs, by how much, and what usually causes it. The training
-data may be whatever `Trainer.fit` takes.
+Trainer), and raises an AssertionError that says what differs, by how much, and what usually causes it. The module is a
+`lightning.pytorch` one; the training data may be whatever `Trainer.fit` takes, a LightningDataModule as well, but an
+iterable of batches for `assert_accumulation_invariant`.
 """
 
 import random
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -32,6 +33,7 @@ from torch.utils.data import DataLoader
 
 from dino_head._arguments import check_integer
 from dino_head.callbacks._access import find_submodule
+from dino_head.callbacks._pairs import PAIRS
 from dino_head.callbacks._step import AfterOptimizerStep
 
 Make = Callable[[], tuple[LightningModule, Any, Sequence[Callback]]]
@@ -65,6 +67,8 @@ def assert_accumulation_invariant(
         _seed(0)
         module, data, callbacks = make()
         batches = [part for batch in islice(data, steps) for part in _split(batch, number)]
+        if not batches:
+            raise ValueError("the training data hold no batch: give at least one")
         options = {"max_epochs": 1, "accumulate_grad_batches": number, **trainer_options}
         _trainer(callbacks, **options).fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
         states.append(module.state_dict())
@@ -72,8 +76,12 @@ def assert_accumulation_invariant(
         "something moves once a micro-batch instead of once an optimizer step (a teacher or center that is updated in "
         "training_step: use TeacherUpdateCallback), is random, or sees other samples of the batch"
     )
-    if any(isinstance(submodule, _BatchNorm) for submodule in module.modules()):
-        hint = "the module has batch norm, whose statistics are those of a micro-batch: it cannot hold"
+    norms = [name for name, submodule in module.named_modules() if isinstance(submodule, _BatchNorm)]
+    if norms:
+        hint = (
+            f"batch norm ({', '.join(norms[:3])}), whose statistics are those of a micro-batch. It cannot hold with "
+            f"it: check a module without, also in the head, DINOProjectionHead(..., batch_norm=False). Else: {hint}"
+        )
     _assert_equal(states[0], states[1], f"one batch and {parts} accumulated micro-batches", hint, rtol, atol)
 
 
@@ -94,22 +102,26 @@ def assert_resume_invariant(make: Make, *, epochs: int = 2, mid_epoch: bool = Tr
     check_integer("epochs", epochs, 2)
     with tempfile.TemporaryDirectory() as folder:
         keep_all = {"save_top_k": -1, "every_n_train_steps": 1, "filename": "{step}"}
-        saved = ModelCheckpoint(folder, save_on_train_epoch_end=False, **keep_all)  # type: ignore[arg-type]
-        ends = ModelCheckpoint(folder, save_top_k=-1, every_n_epochs=1, filename="end-{step}")
-        expected, steps = _final_state(make, 0, epochs, [saved, ends], None, trainer_options)
-        end = steps // epochs * (epochs - 1)
-        if mid_epoch and steps < 2 * epochs:
-            raise ValueError(f"{steps} optimizer steps in {epochs} epochs leave no middle: give more batches")
+        every = _Keep(folder, save_on_train_epoch_end=False, **keep_all)  # type: ignore[arg-type]
+        ends = _Keep(folder, save_top_k=-1, every_n_epochs=1, filename="end-{step}")
+        expected = _final_state(make, 0, epochs, [every, ends], None, trainer_options)
+        *_, end, last = [-1, *_steps_of(folder, "end-step=*.ckpt")]
+        inside = [step for step in _steps_of(folder, "step=*.ckpt") if end < step < last]
+        if end < 0 or (mid_epoch and not inside):
+            raise ValueError(
+                f"{last} optimizer steps in {epochs} epochs leave no middle of an epoch to resume from: give more "
+                "batches, and step optimizers that Lightning knows"
+            )
         files = {"at an epoch's end": f"end-step={end}.ckpt"}
         if mid_epoch:
-            files["in the middle of an epoch"] = f"step={end + 1}.ckpt"
+            files["in the middle of an epoch"] = f"step={inside[0]}.ckpt"
         for where, file in files.items():
             # From another random state, which is what a new process would begin with.
-            resumed, _ = _final_state(make, 1, epochs, [], Path(folder) / file, trainer_options)
+            resumed = _final_state(make, 1, epochs, [], Path(folder) / file, trainer_options)
             hint = (
                 "state outside of the checkpoint. Random order, augmentation and dropout have to follow from (seed, "
                 "rank, epoch, batch), as Lightning saves no random state; and the data have to begin at the batch "
-                "where the run was stopped"
+                "where the run was stopped: see derived_seed and ResumableLoader in the project's examples/data.py"
             )
             _assert_equal(expected, resumed, f"an uninterrupted run and one resumed {where}", hint, 0.0, 0.0)
 
@@ -133,41 +145,54 @@ def assert_teacher_follows(
     _seed(0)
     module, data, callbacks = make()
     follow = _Follow(pairs)
-    options = {"max_epochs": 1, "accumulate_grad_batches": 2, **trainer_options}
+    accumulate = 2 if module.automatic_optimization else 1
+    options = {"max_epochs": 1, "accumulate_grad_batches": accumulate, **trainer_options}
     _trainer([*callbacks, follow], **options).fit(module, data)
     assert follow.moves, "the teacher never moved: add TeacherUpdateCallback() to the Trainer's callbacks"
 
 
-class _Follow(Callback):
+class _Keep(ModelCheckpoint):
+    """Apart from those that the user has."""
+
+
+class _Follow(AfterOptimizerStep):
     """Compares the teachers after each batch with what one momentum for all would have made of them."""
 
+    receipt = None
+
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
-        self.pairs, self.moves, self._step = pairs, 0, 0
+        super().__init__()
+        self.pairs, self.moves = pairs, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for student, teacher in self.pairs:
-            ours, theirs = (_parameters(find_submodule(pl_module, name)) for name in (student, teacher))
+            ours, theirs = (_parameters(find_submodule(pl_module, name, PAIRS)) for name in (student, teacher))
             assert ours.keys() == theirs.keys(), f"{student!r} and {teacher!r} have parameters of other names"
             differ = [name for name in ours if not torch.equal(ours[name], theirs[name])]
             assert not differ, f"{teacher!r} does not begin as {student!r}: {differ[:3]} differ, use copy.deepcopy"
-            required = [name for name, p in find_submodule(pl_module, teacher).named_parameters() if p.requires_grad]
+            required = [
+                name for name, p in find_submodule(pl_module, teacher, PAIRS).named_parameters() if p.requires_grad
+            ]
             assert not required, f"{teacher!r} requires gradients ({required[:3]}): {teacher}.requires_grad_(False)"
-        self._before, self._step = self._teachers(pl_module), trainer.global_step
+        self._before = self._teachers(pl_module)
+        super().on_train_start(trainer, pl_module)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        steps = self.steps_taken
+        super().on_train_batch_end(trainer, pl_module, *args)
+        assert self.steps_taken > steps or torch.equal(self._teachers(pl_module), self._before), (
+            f"the teacher moved before the end of batch {trainer.fit_loop.batch_idx}, which took no optimizer step: "
+            "move it in a callback alone (TeacherUpdateCallback), not in training_step, and not in the module's own "
+            "on_train_batch_end, which comes after ModelCheckpoint has saved"
+        )
+
+    def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         after = self._teachers(pl_module)
-        if trainer.global_step == self._step:
-            assert torch.equal(after, self._before), (
-                f"the teacher moved in batch {trainer.fit_loop.batch_idx} without an optimizer step, or after the one "
-                "before it was saved: it is to move once a step, not once a micro-batch, and in a callback, which "
-                "comes before ModelCheckpoint (the module's own on_train_batch_end comes after it)"
-            )
-        else:
-            self._check_step(trainer, pl_module, after)
-        self._before, self._step = after, trainer.global_step
+        self._check_step(trainer, pl_module, after)
+        self._before = after
 
     def _check_step(self, trainer: Trainer, pl_module: LightningModule, after: Tensor) -> None:
-        student = torch.cat([_flat(find_submodule(pl_module, name)) for name, _ in self.pairs])
+        student = torch.cat([_flat(find_submodule(pl_module, name, PAIRS)) for name, _ in self.pairs])
         way, moved = student - self._before, after - self._before
         share = ((moved @ way) / (way @ way)).item() if way.any() else 0.0  # 1 - m
         assert -1e-6 <= share <= 1 + 1e-6, (
@@ -185,7 +210,7 @@ class _Follow(Callback):
         self.moves += bool(moved.any())
 
     def _teachers(self, pl_module: LightningModule) -> Tensor:
-        return torch.cat([_flat(find_submodule(pl_module, name)) for _, name in self.pairs])
+        return torch.cat([_flat(find_submodule(pl_module, name, PAIRS)) for _, name in self.pairs])
 
 
 def _seed(seed: int) -> None:
@@ -203,51 +228,64 @@ def _flat(module: nn.Module) -> Tensor:
     return torch.cat([parameter.double().flatten() for parameter in _parameters(module).values()])
 
 
-def _trainer(callbacks: Iterable[Callback], **options: Any) -> Trainer:
+def _trainer(callbacks: Sequence[Callback], **options: Any) -> Trainer:
+    def has(kind: type[Callback]) -> bool:
+        return any(isinstance(callback, kind) for callback in callbacks)
+
     defaults = {
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
+        "enable_checkpointing": has(Checkpoint),
+        "enable_progress_bar": has(ProgressBar),
+        "enable_model_summary": has(ModelSummary),
     }
     return Trainer(callbacks=list(callbacks), **{**defaults, **options})
 
 
 def _split(batch: Any, parts: int) -> list[Any]:
-    """A batch of tensors in any nesting -> `parts` of it."""
+    """A batch of tensors in any nesting -> `parts` of it; what has no samples goes to each part."""
+    sizes: list[int] = []
 
     def part(tensor: Tensor, index: int) -> Tensor:
+        if not tensor.ndim:
+            return tensor
         if len(tensor) % parts:
             raise ValueError(f"a batch of {len(tensor)} samples cannot be split in {parts} equal parts: choose parts=")
+        sizes.append(len(tensor))
         return tensor.chunk(parts)[index]
 
-    return [apply_to_collection(batch, Tensor, part, index=index) for index in range(parts)]
+    split = [apply_to_collection(batch, Tensor, part, index=index) for index in range(parts)]
+    if not sizes:
+        raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor of samples: give batches of tensors")
+    return split
 
 
 def _final_state(
     make: Make, seed: int, epochs: int, savers: list[ModelCheckpoint], ckpt_path: Path | None, options: dict[str, Any]
-) -> tuple[dict[str, Any], int]:
-    """What is to be equal at the end of a run, and how many optimizer steps it had."""
+) -> dict[str, Any]:
+    """What is to be equal at the end of a run."""
     _seed(0)
     module, data, callbacks = make()
     _seed(seed)
-    trainer = _trainer([*callbacks, *savers], max_epochs=epochs, enable_checkpointing=bool(savers), **options)
+    trainer = _trainer([*callbacks, *savers], max_epochs=epochs, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning's about callbacks and loaders: here the values decide
         trainer.fit(module, data, ckpt_path=ckpt_path)
-    states: dict[str, Any] = {
+    return {
         "module": module.state_dict(),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "steps": {c.state_key: c.steps_taken for c in callbacks if isinstance(c, AfterOptimizerStep)},
     }
-    return states, trainer.global_step
+
+
+def _steps_of(folder: str, pattern: str) -> list[int]:
+    return sorted(int(file.stem.split("=")[1]) for file in Path(folder).glob(pattern))
 
 
 def _assert_equal(expected: Any, given: Any, which: str, hint: str, rtol: float, atol: float) -> None:
     try:
         torch.testing.assert_close(given, expected, rtol=rtol, atol=atol)
     except AssertionError as error:
-        raise AssertionError(f"{which} end apart. {error}\nWhat usually causes it: {hint}") from None
+        raise AssertionError(f"{which} differ at the end. {error}\nWhat usually causes it: {hint}") from None

@@ -66,7 +66,13 @@ def dino_loss(
     check_number("teacher_temp", teacher_temp, 0, float("inf"), exclude_minimum=True)
     check_number("student_temp", student_temp, 0, float("inf"), exclude_minimum=True)
     check_integer("block_bytes", block_bytes, 1)
-    teacher, student = _detached(stacked(teacher_out)), stacked(student_out)
+    teacher, student = stacked(teacher_out), stacked(student_out)
+    if torch.is_grad_enabled() and _requires_grad(teacher) and not _requires_grad(student):
+        raise ValueError(
+            "teacher_out requires a gradient and student_out does not, so that nothing would be trained: give the "
+            "teacher's outputs first, made under torch.no_grad()"
+        )
+    teacher = _detached(teacher)
     _check_sides(teacher, student)
     if isinstance(center, Tensor):
         if center.numel() != output_dim(teacher):
@@ -207,6 +213,10 @@ def _check_sides(teacher: Tensor | FactoredLogits, student: Tensor | FactoredLog
 
 def _detached(out: Tensor | FactoredLogits) -> Tensor | FactoredLogits:
     return out.detach() if isinstance(out, Tensor) else FactoredLogits(*(tensor.detach() for tensor in out))
+
+
+def _requires_grad(out: Tensor | FactoredLogits) -> bool:
+    return any(tensor.requires_grad for tensor in ((out,) if isinstance(out, Tensor) else out))
 
 
 def _product_dtype(factored: FactoredLogits) -> torch.dtype:

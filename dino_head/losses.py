@@ -138,6 +138,7 @@ class DINOLoss(nn.Module):
         """
         if self.center is None:
             return
+        check_number("center_momentum", self.center_momentum, 0, 1)  # it may be scheduled
         collected, self._collected = self._collected, None
         if _has_processes():
             if collected is None:  # the others may have some
@@ -147,6 +148,10 @@ class DINOLoss(nn.Module):
             sums, count = collected[:-1], collected[-1]
             mean = torch.where(count > 0, sums / count, self.center)  # no wait for the device
             self.center.lerp_(mean, 1 - self.center_momentum)
+
+    def forget_center_update(self) -> None:
+        """Drop what was added up since the last update, as after a step that was interrupted."""
+        self._collected = None
 
     @torch.no_grad()
     def _collect(self, teacher_out: Tensor | FactoredLogits) -> None:

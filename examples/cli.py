@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningCLI
 
 def main() -> LightningCLI:
     """Everything is in the file: model, data, Trainer and callbacks."""
-    return LightningCLI(DINO, Digits)
+    return LightningCLI(DINO, Digits, save_config_callback=None)  # the file is kept by whoever wrote it
 
 
 if __name__ == "__main__":

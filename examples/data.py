@@ -1,6 +1,7 @@
 """Training data whose order, and whose random draws, are the same in a run that was stopped and resumed.
 
-Lightning saves no random state. So nothing here has any: what is random follows from where the run stands.
+Lightning saves no random state. So nothing here has any: what is random follows from where the run stands. (What a
+dataset draws by itself, in `__getitem__`, is not covered: let it follow from `derived_seed` too.)
 """
 
 import itertools

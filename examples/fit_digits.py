@@ -133,7 +133,7 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 class StopAtBatchEnd(Callback):
-    """Lets Ctrl-C end the run behind the batch, with a checkpoint from which it goes on exactly; for the last place."""
+    """Lets Ctrl-C end the run after its batch, with a checkpoint from which it goes on exactly; for the last place."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.is_asked, self.handler = file, False, signal.getsignal(signal.SIGINT)

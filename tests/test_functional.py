@@ -469,3 +469,11 @@ def test_under_fully_shard_gradients_are_exact(tmp_path):
                 torch.testing.assert_close(unfrozen[name], gradient, rtol=1e-5, atol=1e-5 * largest)
                 held = torch.zeros_like(gradient) if name.startswith("last_layer") else gradient
                 torch.testing.assert_close(frozen[name], held, rtol=1e-5, atol=1e-5 * largest)
+
+
+def test_swapped_sides_are_named():
+    student, teacher = torch.randn(2, 3, 16, requires_grad=True), torch.randn(2, 3, 16)
+    with pytest.raises(ValueError, match="teacher_out requires a gradient and student_out does not"):
+        dino_loss(student, teacher)
+    with torch.no_grad():
+        assert dino_loss(student, teacher).isfinite()

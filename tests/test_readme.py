@@ -52,7 +52,10 @@ def test_a_rate_of_its_own_for_the_last_layer(mine):
 
 def test_the_checks_say_what_the_readme_says(mine, capsys):
     exec(block("def make():"), mine | {"TeacherUpdateCallback": TeacherUpdateCallback})
-    assert "an uninterrupted run and one resumed at an epoch's end end apart" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "one batch and 4 accumulated micro-batches differ at the end" in printed
+    assert "batch norm (student.head.layers.1" in printed
+    assert "an uninterrupted run and one resumed at an epoch's end differ at the end" in printed
 
 
 def test_a_checkpoint_and_a_folder_of_images_become_features(tmp_path, monkeypatch):

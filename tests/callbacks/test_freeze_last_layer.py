@@ -365,6 +365,21 @@ def test_the_saving_changes_no_result(norm_last_layer, monkeypatch):
 # What a newcomer to the code would get wrong.
 
 
+def test_data_that_stop_short_of_their_announced_length_end_the_freeze_all_the_same():
+    """Lightning then knows of no last batch. As of an iterable dataset with several workers and drop_last."""
+
+    class Short:
+        def __len__(self):
+            return 6
+
+        def __iter__(self):
+            yield from loader()
+
+    callback = FreezeLastLayerCallback()
+    assert fit(Toy(), callback, data=Short()).moved == FROZEN_2_OF_3
+    assert callback.receipt.endswith("released at step 8")
+
+
 class TwoOptimizers(Manual):
     """One step for the backbone, then one for the head, in each batch."""
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -66,9 +67,13 @@ def rules():
     ]
 
 
-def center(module):
+def center_owner(module):
     (loss,) = [loss for loss in module.modules() if isinstance(loss, DINOLoss)]
-    return loss.center
+    return loss
+
+
+def center(module):
+    return center_owner(module).center
 
 
 def close(ours, theirs, rtol=1e-4, atol=1e-6):
@@ -303,6 +308,46 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(broken, cause, tm
     last = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
     assert all(value.isfinite().all() for value in last["state_dict"].values())
     assert not (tmp_path / "step=7.ckpt").exists()
+
+
+@pytest.mark.parametrize("interruption", ["nan", "inside a window"])
+def test_an_interrupted_step_leaves_nothing_for_the_next_run_of_the_module(interruption, case):
+    """What was added up for the center is dropped, so that the run goes on as one of a new module would."""
+
+    class Interrupt(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            if trainer.global_step == 1:
+                raise RuntimeError("interrupted")
+
+    make, data = case
+    module = make()
+    start = copy.deepcopy(module.state_dict())
+    breaker = overflow_in_step(1) if interruption == "nan" else Interrupt()
+    with pytest.raises((RuntimeError, FloatingPointError)):
+        run(module, data(), *rules(), breaker, accumulate_grad_batches=2)
+    module.load_state_dict(start)
+    equal(run(module, data()), run(make(), data()))
+
+
+def test_copies_made_while_training_are_plain_modules(case):
+    class Copy(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.copy = pickle.loads(pickle.dumps(center_owner(copy.deepcopy(pl_module))))
+
+    make, data = case
+    keep = Copy()
+    run(make(), data(), *rules(), keep)
+    before = keep.copy.center.clone()
+    keep.copy(torch.randn(2, 4, 16), torch.randn(2, 4, 16))
+    assert not torch.equal(keep.copy.center, before)
+
+
+def test_a_center_that_is_not_finite_is_named(case):
+    make, data = case
+    module = make()
+    center(module).fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the center holds NaN or inf"):
+        run(module, data())
 
 
 def test_logits_that_overflow_by_the_temperature_alone_are_named():

@@ -2,11 +2,13 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from toy import Manual, Toy, loader, trainer
 from views import tiny_dino, view_loader
 
@@ -73,6 +75,52 @@ def test_the_teachers_momentum(teacher_first):
     assert all(torch.equal(value, students[7][key]) for key, value in after.items())
     assert not torch.equal(after["backbone.weight"], before["backbone.weight"])
     assert "last with momentum 1" in teacher.receipt
+
+
+@pytest.mark.parametrize("value", [np.float32(0.25), np.int64(3), 3])
+def test_numbers_of_any_kind_keep_theirs(value, tmp_path):
+    """Also in a checkpoint, which holds Python's numbers alone."""
+    module, save = Toy(), ModelCheckpoint(tmp_path, filename="last")
+    module.number = 1
+    callback = ScheduleCallback("number", lambda step, total: value, total_steps=np.int64(12))
+    trainer(callback, save, enable_checkpointing=True).fit(module, loader())
+    assert module.number == value
+    assert isinstance(module.number, int) is bool(value == 3)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]["last"] == value
+
+
+def test_a_target_inside_a_compiled_module():
+    module = tiny_dino()
+    module.loss = torch.compile(module.loss, backend="eager")
+    with pytest.raises(MisconfigurationException, match="has a warm-up over 30 epochs of its own"):
+        trainer(ScheduleCallback("loss.teacher_temp", (0.1, 0.2))).fit(module, view_loader())
+
+
+def test_parameter_groups_that_come_later_follow_too():
+    class Unfreeze(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                optimizer = trainer.optimizers[0]
+                optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "weight_decay": 0.04})
+                optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))], "weight_decay": 0.0})
+
+    seen = Seen()
+    trainer(Unfreeze(), ScheduleCallback("weight_decay", (0.04, 0.4)), seen).fit(Toy(), loader())
+    values = cosine(0.04, 0.4, 12)
+    assert seen.values[:4] == [pytest.approx([value]) for value in values[:4]]
+    assert seen.values[4:] == [pytest.approx([value, value, 0.0]) for value in values[4:]]
+
+
+def test_several_callbacks_of_one_class_are_all_set():
+    module = Toy()
+    module.other = copy.deepcopy(module.teacher)
+    again = copy.deepcopy(module)
+    teachers = TeacherUpdateCallback(), TeacherUpdateCallback((("student", "other"),))
+    schedule = ScheduleCallback("TeacherUpdateCallback.momentum", (0.5, 0.5))
+    trainer(*teachers, schedule, max_epochs=1).fit(module, loader())
+    assert all("last with momentum 0.5" in teacher.receipt for teacher in teachers)
+    trainer(*teachers, max_epochs=1).fit(again, loader())
+    assert not any("last with momentum 0.5" in teacher.receipt for teacher in teachers)
 
 
 def test_an_attribute_of_the_module_itself():
@@ -183,7 +231,7 @@ def test_data_that_grow_from_epoch_to_epoch_stop_the_run(scheduled):
         def train_dataloader(self):
             return loader(batches=4 + self.current_epoch)
 
-    message = r"made for 12 optimizer steps, but with the batches of epoch 1 the run is to have 15: .*max_steps"
+    message = r"made for 12 optimizer steps, .* batches and accumulation of epoch 1 it is to have 15: .*max_steps"
     with pytest.raises(MisconfigurationException, match=message):
         trainer(scheduled(), reload_dataloaders_every_n_epochs=1).fit(Growing())
     callback = scheduled()
@@ -192,7 +240,7 @@ def test_data_that_grow_from_epoch_to_epoch_stop_the_run(scheduled):
 
 
 def test_accumulation_that_changes_stops_the_run(scheduled):
-    with pytest.raises(MisconfigurationException, match="with the batches of epoch 1 the run is to have 6"):
+    with pytest.raises(MisconfigurationException, match="with the batches and accumulation of epoch 1 it is to have 6"):
         trainer(GradientAccumulationScheduler({0: 1, 1: 2}), scheduled()).fit(Toy(), loader())
 
 
@@ -212,11 +260,17 @@ def test_a_constant_momentum_needs_no_horizon():
     [
         (
             "weight_decy",
-            r"no number 'weight_decy' \(there is nothing\): give an option of the opt.* \(.*weight_decay",
+            r"no number 'weight_decy' \(there is nothing; did you mean 'weight_decay'\?\): give .* \(.*weight_decay",
         ),
         ("student.backbone", r"no number 'student.backbone' \(there is a Sequential"),
         ("TeacherUpdateCallback.momentum", "no number 'TeacherUpdateCallback.momentum'"),
+        ("loss.studnet_temp", r"did you mean 'loss.student_temp'\?"),
         ("lr", "leaves the learning rate to a scheduler that Lightning steps"),
+        ("learning_rate", "leaves the learning rate to a scheduler that Lightning steps"),
+        ("betas", r"sets numbers, but 'betas' of the optimizer's groups is of type tuple"),
+        ("foreach", r"sets numbers, but 'foreach' of the optimizer's groups is of type NoneType"),
+        ("params", r"sets numbers, but 'params' of the optimizer's groups is of type list"),
+        ("FreezeLastLayerCallback.steps", "no number 'FreezeLastLayerCallback.steps'"),
         ("loss.teacher_temp", r"has a warm-up over 30 epochs of its own"),
     ],
 )
@@ -231,7 +285,7 @@ def test_groups_without_weight_decay_alone_are_refused():
         trainer(ScheduleCallback("weight_decay", (0.04, 0.4))).fit(module, loader())
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, True, "0.1"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, True, "0.1", torch.tensor(0.1)])
 def test_a_schedule_that_gives_no_number_stops(value):
     with pytest.raises(MisconfigurationException, match=r"the schedule of 'weight_decay' gave .* for step 0 of 12"):
         trainer(ScheduleCallback("weight_decay", lambda step, total: value)).fit(Toy(), loader())
@@ -257,6 +311,10 @@ def test_manual_optimization_with_total_steps():
         (("weight_decay", 0.4), r"schedule must be a function of \(step, total_steps\) or a pair"),
         (("weight_decay", (0.4,)), "schedule must be a function"),
         (("weight_decay", (0.4, "1")), "schedule must be a function"),
+        (
+            ("weight_decay", lambda step: 0.4),
+            "got another one: too many positional arguments",
+        ),
     ],
 )
 def test_arguments_out_of_range(arguments, message):

@@ -152,6 +152,23 @@ def test_buffers_stay_the_teachers_own():
     assert module.student["head"].layers[1].running_mean.abs().max() < 7.0
 
 
+@pytest.mark.parametrize("pairs", [(("student.head", "teacher.head"),), (("student", "teacher"),)])
+def test_pairs_that_overlap_are_averaged_once(pairs):
+    states = []
+    for more in ((), pairs):
+        torch.manual_seed(0)
+        module = Toy()
+        trainer(TeacherUpdateCallback((("student", "teacher"), *more), base_momentum=0.5)).fit(module, loader())
+        states.append(module.state_dict())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def test_two_callbacks_on_one_teacher_are_refused():
+    callbacks = TeacherUpdateCallback(), TeacherUpdateCallback((("student.head", "teacher.head"),))
+    with pytest.raises(MisconfigurationException, match="would average the same parameters of a teacher twice a step"):
+        trainer(*callbacks).fit(Toy(), loader())
+
+
 def test_several_pairs():
     module = Toy()
     before = module.teacher["backbone"].weight.clone()
@@ -170,9 +187,9 @@ def test_several_pairs():
         ),
         (lambda module: setattr(module, "teacher", module.student), {}, "is one and the same parameter"),
         (
-            lambda module: None,
-            {"pairs": (("student", "teacher"), ("student.head", "teacher.head"))},
-            "a parameter of a teacher is in more than one of the pairs",
+            lambda module: setattr(module, "other", copy.deepcopy(module.student["backbone"])),
+            {"pairs": (("student.backbone", "teacher.backbone"), ("other", "teacher.backbone"))},
+            "is in another pair as well, with another student",
         ),
         (
             lambda module: module.teacher.update({"backbone": nn.Linear(8, 9)}),
@@ -218,6 +235,15 @@ def test_a_run_that_goes_on_has_a_teacher_that_differs_already():
     callback.total_steps = 8
     run.fit(module, loader())
     assert callback.steps_taken == 8
+
+
+def test_validation_in_another_trainer_leaves_the_callbacks_of_a_run_alone():
+    module, callback = Toy(), TeacherUpdateCallback(base_momentum=0.5)
+    trainer(callback, max_epochs=1).fit(module, loader())
+    module.validation_step = lambda batch, batch_idx: None
+    before = callback.receipt, callback.state_dict()
+    trainer(callback).validate(module, loader(), verbose=False)
+    assert (callback.receipt, callback.state_dict()) == before
 
 
 def test_a_student_that_is_replaced_under_way_stops_the_run():

@@ -2,12 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from data import ResumableLoader
 from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from torch import nn
-from toy import Stateful, Toy, loader
+from toy import Manual, Stateful, Toy, loader
 from views import tiny_dino, view_loader
 
 from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
@@ -78,7 +80,7 @@ def test_accumulation(make):
 
 
 def test_a_teacher_moved_in_each_micro_batch_is_found():
-    with pytest.raises(AssertionError, match=r"(?s)4 accumulated micro-batches end apart.*teacher") as error:
+    with pytest.raises(AssertionError, match=r"(?s)4 accumulated micro-batches differ at the end.*teacher") as error:
         assert_accumulation_invariant(lambda: (InEachForward(), loader(), [FreezeLastLayerCallback(1)]))
     assert "use TeacherUpdateCallback" in str(error.value)
 
@@ -89,8 +91,35 @@ def test_a_center_without_the_callback_is_found():
 
 
 def test_batch_norm_is_named():
-    with pytest.raises(AssertionError, match="the module has batch norm"):
+    with pytest.raises(AssertionError, match=r"batch norm \(student.head.layers.1, .* Else: something moves once"):
         assert_accumulation_invariant(lambda: (Toy(batch_norm=True), loader(), callbacks()), parts=2)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [([], "the training data hold no batch"), ([np.zeros(4)], "a batch of type ndarray holds no tensor of samples")],
+)
+def test_data_that_prove_nothing(data, message):
+    with pytest.raises(ValueError, match=message):
+        assert_accumulation_invariant(lambda: (Toy(), data, callbacks()))
+
+
+def test_the_users_own_checkpoints_and_bars_are_let_in(tmp_path):
+    def make():
+        return (
+            Toy(),
+            loader(),
+            [*callbacks(), ModelCheckpoint(tmp_path, enable_version_counter=False), TQDMProgressBar()],
+        )
+
+    assert_teacher_follows(make)
+    assert_resume_invariant(make, mid_epoch=False)
+
+
+@pytest.mark.parametrize("optimizer", ["lightning", "torch"])
+def test_the_teacher_follows_under_manual_optimization(optimizer):
+    rule = TeacherUpdateCallback(base_momentum=0.5, total_steps=4)
+    assert_teacher_follows(lambda: (Manual("lightning", optimizer), loader(), [rule]))
 
 
 def test_batches_that_cannot_be_split():
@@ -117,7 +146,7 @@ def test_resume_under_accumulation():
 
 
 def test_an_ordinary_loader_is_found_in_the_middle_of_an_epoch():
-    with pytest.raises(AssertionError, match=r"(?s)resumed in the middle of an epoch end apart.*saves no random state"):
+    with pytest.raises(AssertionError, match=r"(?s)in the middle of an epoch differ at the end.*saves no random state"):
         assert_resume_invariant(toy)
 
 
@@ -125,18 +154,18 @@ def test_an_ordinary_shuffle_is_found():
     def ordinary(dataset, batch_size, trainer):
         return torch.utils.data.DataLoader(dataset, batch_size, shuffle=True)
 
-    with pytest.raises(AssertionError, match="resumed at an epoch's end end apart"):
+    with pytest.raises(AssertionError, match="resumed at an epoch's end differ at the end"):
         assert_resume_invariant(lambda: random_example(make_loader=ordinary), mid_epoch=False)
 
 
 def test_random_views_without_a_derived_seed_are_found(monkeypatch):
     monkeypatch.setattr("dino_module.derived_seed", lambda *key: torch.initial_seed())
-    with pytest.raises(AssertionError, match="end apart"):
+    with pytest.raises(AssertionError, match="differ at the end"):
         assert_resume_invariant(random_example, mid_epoch=False)
 
 
 def test_one_batch_has_no_middle():
-    with pytest.raises(ValueError, match="2 optimizer steps in 2 epochs leave no middle"):
+    with pytest.raises(ValueError, match="2 optimizer steps in 2 epochs leave no middle of an epoch to resume from"):
         assert_resume_invariant(lambda: (Toy(), loader(batches=1), callbacks()))
 
 
@@ -180,8 +209,8 @@ class AfterTheCheckpoint(InEachForward):
     ("make", "message"),
     [
         (lambda: (Toy(), loader(), []), "the teacher never moved: add TeacherUpdateCallback"),
-        (lambda: (InEachForward(), loader(), []), r"moved in batch 2 without an optimizer step"),
-        (lambda: (AfterTheCheckpoint(), loader(), []), "the module's own on_train_batch_end comes after it"),
+        (lambda: (InEachForward(), loader(), []), r"moved before the end of batch 2, which took no optimizer step"),
+        (lambda: (AfterTheCheckpoint(), loader(), []), "not in the module's own on_train_batch_end"),
         (lambda: (Toy(), loader(), [OnlyHalf()]), "are not where one momentum"),
         (unequal, "'teacher' does not begin as 'student'"),
         (trainable, "'teacher' requires gradients"),
