@@ -1,6 +1,7 @@
 """The objectives of a LightningModule while it trains: their centers wait for the step, their values are looked at."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ class GuardedLosses:
             loss.apply_center_update()
 
     def _check_finite(self, loss: DINOLoss, arguments: tuple[Any, ...], options: dict[str, Any], value: object) -> None:
-        if not loss.training or not isinstance(value, Tensor) or value.isfinite().all().item():
+        if not loss.training or not isinstance(value, Tensor) or value.ndim or math.isfinite(value.item()):
             return
         given = inspect.signature(loss.forward).bind(*arguments, **options).arguments
         outputs = given["teacher_out"], given["student_out"]
@@ -65,7 +66,7 @@ class GuardedLosses:
             [find_submodule(self.pl_module, name, PAIRS) for name in side] for side in zip(*self.pairs, strict=True)
         )
         raise FloatingPointError(
-            f"the loss is {value.mean().item()} in epoch {self.trainer.current_epoch}, at optimizer step "
+            f"the loss is {value.item()} in epoch {self.trainer.current_epoch}, at optimizer step "
             f"{self.trainer.global_step}: {explain(outputs, (teachers, students), loss.center)}. Nothing was "
             "updated in this step"
         )

@@ -9,10 +9,8 @@ No label is used in training; the labels of 1,400 images vote on the 397 held-ou
 import argparse
 import json
 import platform
-import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
@@ -20,7 +18,8 @@ from augment import digit_views
 from data import ResumableLoader
 from dino_module import DINO
 from evaluate import KNN, TeacherEntropy, extract, knn_accuracy, plot_report
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from interrupt import StopAtBatchEnd, check_readable, checkpoints
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_digits
@@ -108,14 +107,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     elif not checkpoints(args.out):
         parser.error(f"{args.out} holds no checkpoint to resume from: start the run without --resume")
     else:
-        newest = checkpoints(args.out)[-1]
         try:
-            torch.load(newest, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever is in the file
-            parser.error(
-                f"{newest} is no whole checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}). Nothing was "
-                "changed: move it away, and --resume goes on from the one before it, if there is any"
-            )
+            check_readable(checkpoints(args.out)[-1])
+        except ValueError as error:
+            parser.error(str(error))
         started = argparse.Namespace(**json.loads(settings.read_text()))
         args = parser.parse_args(arguments, argparse.Namespace(**vars(started)))
         for name, value in vars(started).items():
@@ -125,42 +120,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
                     "keeps its settings; leave the option out, or start another run with --out"
                 )
     return args
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, the oldest first."""
-    return sorted((out / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
-
-
-class StopAtBatchEnd(Callback):
-    """Lets Ctrl-C end the run after its batch, with a checkpoint from which it goes on exactly; for the last place."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.is_asked, self.handler = file, False, signal.getsignal(signal.SIGINT)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on there is something to save."""
-        signal.signal(signal.SIGINT, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        if self.is_asked:  # Ctrl-C for the second time: at once
-            raise KeyboardInterrupt
-        self.is_asked = True
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, and say how to go on."""
-        if self.is_asked:
-            trainer.save_checkpoint(self.file)
-            print(f"\nstopped: {self.file} is written; go on with --resume --out {self.file.parents[1]}")
-            raise KeyboardInterrupt
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ctrl-C as it was."""
-        signal.signal(signal.SIGINT, self.handler)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Ctrl-C as it was."""
-        signal.signal(signal.SIGINT, self.handler)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
