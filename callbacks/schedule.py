@@ -1,18 +1,17 @@
 """Any number that changes from step to step: weight decay, temperature, momentum."""
 
-import difflib
 import functools
 import inspect
 import math
 from collections.abc import Callable
-from numbers import Integral, Real
-from typing import Any, TypeGuard
+from numbers import Integral
+from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from dino_head.callbacks._horizon import OverTheRun
-from dino_head.losses import DINOLoss
+from dino_head.callbacks._target import find_setters, is_number
 from dino_head.schedules import cosine_schedule
 
 
@@ -88,12 +87,12 @@ class ScheduleCallback(OverTheRun):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the target."""
         super().on_train_start(trainer, pl_module)
-        self._find(trainer, pl_module)
+        self._find_target(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find it again: callbacks that unfreeze a backbone add parameter groups."""
         super().on_train_epoch_start(trainer, pl_module)
-        self._find(trainer, pl_module)
+        self._find_target(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the value of the step to come."""
@@ -101,7 +100,7 @@ class ScheduleCallback(OverTheRun):
             return
         assert self._horizon is not None
         value = self.schedule(self.steps_taken, self._horizon)
-        if not _is_number(value) or not math.isfinite(value):
+        if not is_number(value) or not math.isfinite(value):
             raise MisconfigurationException(
                 f"the schedule of {self.target!r} gave {value!r} for step {self.steps_taken} of {self._horizon}: it "
                 "must give a finite number"
@@ -112,6 +111,9 @@ class ScheduleCallback(OverTheRun):
         self._set_for, self._last = self.steps_taken, float(value)
         if self._first is None:
             self._first = self._last
+
+    def _find_target(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._setters, self._set_for = find_setters(self.target, self._follows, trainer, pl_module), None
 
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The count is all; the next batch brings the next value."""
@@ -125,90 +127,13 @@ class ScheduleCallback(OverTheRun):
         super().load_state_dict(state_dict)
         self._follows, self._first, self._last = (state_dict[key] for key in ("follows", "first", "last"))
 
-    def _find(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        self._set_for = None
-        if self.target.rpartition(".")[2] in ("lr", "initial_lr", "learning_rate"):
-            raise MisconfigurationException(
-                "ScheduleCallback leaves the learning rate to a scheduler that Lightning steps: return "
-                'LambdaLR(optimizer, lambda step: cosine_schedule(...)) with "interval": "step" from '
-                "configure_optimizers"
-            )
-        if any(self.target in group for group in groups):
-            self._setters = self._find_groups(groups)
-        else:
-            self._setters = [
-                functools.partial(setattr, owner, name) for owner, name in self._owners(trainer, pl_module)
-            ]
-
-    def _find_groups(self, groups: list[dict[str, Any]]) -> list[Callable[[float], None]]:
-        values = [group.get(self.target, 0.0) for group in groups]
-        if not all(map(_is_number, values)):
-            raise MisconfigurationException(
-                f"ScheduleCallback sets numbers, but {self.target!r} of the optimizer's groups is of type "
-                f"{type(values[0]).__name__}: choose another option"
-            )
-        # Noted once for each group, as a schedule may pass through 0.
-        self._follows += [value != 0 for value in values[len(self._follows) :]]
-        if not any(self._follows):
-            raise MisconfigurationException(
-                f"ScheduleCallback found {self.target!r} in no parameter group with another value than 0, which groups "
-                f"keep: give those that are to follow the schedule any other {self.target!r}"
-            )
-        chosen = [group for group, follows in zip(groups, self._follows, strict=True) if follows]
-        return [functools.partial(group.__setitem__, self.target) for group in chosen]
-
-    def _owners(self, trainer: Trainer, pl_module: LightningModule) -> list[tuple[Any, str]]:
-        """The objects that have the number, and its name."""
-        path, _, name = self.target.rpartition(".")
-        owners = [
-            callback
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if type(callback).__name__ == path and hasattr(callback, name)
-        ]
-        if not owners:
-            owner: Any = pl_module
-            for part in path.split(".") if path else ():
-                owner = getattr(owner, part, None)
-                owner = getattr(owner, "_orig_mod", owner)  # of torch.compile
-            owners = [owner]
-        for owner in owners:
-            value = getattr(owner, name, None)
-            may_be_unset = isinstance(owner, Callback) and hasattr(owner, name) and value is None
-            if not _is_number(value) and not may_be_unset:
-                self._refuse(trainer, pl_module, owner, value)
-            if isinstance(owner, DINOLoss) and name == "teacher_temp" and owner.warmup_teacher_temp_epochs:
-                raise MisconfigurationException(
-                    f"{self.target!r} has a warm-up over {owner.warmup_teacher_temp_epochs} epochs of its own: leave "
-                    "the schedule to one of the two, DINOLoss(..., warmup_teacher_temp_epochs=0)"
-                )
-        return [(owner, name) for owner in owners]
-
-    def _refuse(self, trainer: Trainer, pl_module: LightningModule, owner: object, value: object) -> None:
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        options = {key for group in groups for key, of in group.items() if _is_number(of)} - {"lr", "initial_lr"}
-        path, dot, _ = self.target.rpartition(".")
-        names = {path + dot + name for name, of in getattr(owner, "__dict__", {}).items() if _is_number(of)}
-        close = difflib.get_close_matches(self.target, [*options, *names], n=1)
-        raise MisconfigurationException(
-            f"ScheduleCallback found no number {self.target!r} (there is "
-            f"{'nothing' if value is None else f'a {type(value).__name__}'}"
-            f"{f'; did you mean {close[0]!r}?' if close else ''}): give an option of the optimizers "
-            f"({', '.join(sorted(options))}), the path of a number in {type(pl_module).__name__}, such as "
-            '"loss.teacher_temp" of a DINOLoss named loss, or "Callback.attribute" of a callback that the Trainer has'
-        )
-
-
-def _is_number(value: object) -> TypeGuard[Real]:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
 
 def _cosine(step: int, total_steps: int, *, start: float, end: float) -> float:
     return cosine_schedule(step, start, end, total_steps)
 
 
 def _check_pair(schedule: object) -> None:
-    if not isinstance(schedule, (tuple, list)) or len(schedule) != 2 or not all(map(_is_number, schedule)):
+    if not isinstance(schedule, (tuple, list)) or len(schedule) != 2 or not all(map(is_number, schedule)):
         raise ValueError(
             f"schedule must be a function of (step, total_steps) or a pair of numbers (start, end), got {schedule!r}"
         )
@@ -216,6 +141,10 @@ def _check_pair(schedule: object) -> None:
 
 def _check_arguments(schedule: Callable[..., Any]) -> None:
     try:
-        inspect.signature(schedule).bind(0, 1)
+        signature = inspect.signature(schedule)
+    except ValueError:  # of a function that is not written in Python
+        return
+    try:
+        signature.bind(0, 1)
     except TypeError as error:
         raise ValueError(f"schedule must be a function of (step, total_steps), got another one: {error}") from None
