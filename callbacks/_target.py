@@ -81,8 +81,8 @@ def _owners(
             _refuse(target, groups, pl_module, owner, value)
         if isinstance(owner, DINOLoss) and name == "teacher_temp" and owner.warmup_teacher_temp_epochs:
             raise MisconfigurationException(
-                f"{target!r} has a warm-up over {owner.warmup_teacher_temp_epochs} epochs of its own: leave the schedule "
-                "to one of the two, DINOLoss(..., warmup_teacher_temp_epochs=0)"
+                f"{target!r} has a warm-up over {owner.warmup_teacher_temp_epochs} epochs of its own: leave the "
+                "schedule to one of the two, DINOLoss(..., warmup_teacher_temp_epochs=0)"
             )
     return [(owner, name) for owner in owners]
 
