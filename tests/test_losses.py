@@ -238,3 +238,10 @@ def test_an_epoch_is_not_negative():
 def test_a_temperature_by_step_is_checked():
     with pytest.raises(ValueError, match="teacher_temp must be a number"):
         DINOLoss(16)(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16), teacher_temp=0)
+
+
+def test_a_momentum_that_is_set_later_is_checked_too():
+    loss = DINOLoss(16)
+    loss.center_momentum = 3.0
+    with pytest.raises(ValueError, match=r"center_momentum must be a number in \[0, 1\], got 3.0"):
+        loss(torch.randn(2, 3, 16), torch.randn(2, 3, 16))
