@@ -26,7 +26,6 @@ class GuardedLosses:
         self.trainer, self.pl_module, self.pairs = trainer, pl_module, pairs
         self.losses = [module for module in pl_module.modules() if isinstance(module, DINOLoss)]
         self.hooks: list[Any] = []
-        self.forget()
 
     @property
     def centers(self) -> int:

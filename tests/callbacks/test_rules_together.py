@@ -331,7 +331,7 @@ def test_an_interrupted_step_leaves_nothing_for_the_next_run_of_the_module(inter
 
 def test_copies_made_while_training_are_plain_modules(case):
     class Copy(Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
+        def on_train_batch_end(self, trainer, pl_module, *_):
             self.copy = pickle.loads(pickle.dumps(center_owner(copy.deepcopy(pl_module))))
 
     make, data = case

@@ -239,11 +239,16 @@ def test_a_run_that_goes_on_has_a_teacher_that_differs_already():
 
 def test_validation_in_another_trainer_leaves_the_callbacks_of_a_run_alone():
     module, callback = Toy(), TeacherUpdateCallback(base_momentum=0.5)
-    trainer(callback, max_epochs=1).fit(module, loader())
-    module.validation_step = lambda batch, batch_idx: None
+    run = trainer(callback, max_epochs=1)
+    run.fit(module, loader())
     before = callback.receipt, callback.state_dict()
+    module.validation_step = lambda batch, batch_idx: None
     trainer(callback).validate(module, loader(), verbose=False)
     assert (callback.receipt, callback.state_dict()) == before
+    del module.validation_step
+    run.fit_loop.max_epochs = 2
+    with pytest.raises(MisconfigurationException, match="made for 4 optimizer steps, but this run is to have 8"):
+        run.fit(module, loader())
 
 
 def test_a_student_that_is_replaced_under_way_stops_the_run():
