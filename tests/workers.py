@@ -22,6 +22,7 @@ def _start(rank: int, work: Callable[[int, Path], Any], folder: Path, processes:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
     try:
         torch.save(work(rank, folder), folder / f"result{rank}.pt")
+        dist.barrier()  # gloo may wait for ever for a process that takes the group down later
     finally:
         dist.destroy_process_group()
 
