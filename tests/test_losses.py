@@ -158,6 +158,14 @@ def test_two_processes_equal_one_on_the_joined_batch(centering, tmp_path):
         torch.testing.assert_close(rank["center"], expected["center"], rtol=1e-5, atol=1e-6)
 
 
+def test_a_deferred_center_is_the_mean_of_all_that_every_process_saw(tmp_path):
+    """DDP gives all processes the first one's buffers before each forward: what is collected must not be one."""
+    logits = torch.randn(2, 2, 2, 3, 16)
+    torch.save(logits, tmp_path / "logits.pt")
+    for center in workers.run(workers.deferred_center, tmp_path):
+        torch.testing.assert_close(center.flatten(), 0.1 * logits.mean(dim=(0, 1, 2, 3)), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_the_center_is_float32_whatever_the_model(dtype):
     loss = DINOLoss(16)

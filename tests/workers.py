@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from dino_head import DINOLoss, DINOProjectionHead, dino_loss
@@ -41,6 +42,28 @@ def objective_of_my_samples(rank: int, folder: Path) -> dict[str, Any]:
     centering, teacher, student = torch.load(folder / "input.pt")
     part = slice(0, 2) if rank == 0 else slice(2, None)
     return objective(DINOLoss(teacher.shape[-1], centering=centering), teacher[:, part], student[:, part])
+
+
+class Objective(nn.Module):
+    """A student's logits beside given teacher logits, as one module that DDP can wrap."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift, self.loss = nn.Parameter(torch.zeros(16)), DINOLoss(16)
+        self.loss.defer_center_update = True
+
+    def forward(self, teacher: torch.Tensor) -> torch.Tensor:
+        return self.loss(teacher, teacher + self.shift)
+
+
+def deferred_center(rank: int, folder: Path) -> torch.Tensor:
+    """The center after two forwards and backwards under DDP, which broadcasts buffers before each."""
+    logits = torch.load(folder / "logits.pt")  # (forwards, processes, T, B, K)
+    module = nn.parallel.DistributedDataParallel(Objective())
+    for of_forward in logits:
+        module(of_forward[rank]).backward()
+    module.module.loss.apply_center_update()
+    return module.module.loss.center
 
 
 def sharded_heads(rank: int, folder: Path) -> list[dict[str, torch.Tensor]]:

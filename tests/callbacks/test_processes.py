@@ -48,8 +48,7 @@ def test_so_they_do_under_accumulation(two, strategy):
     torch.testing.assert_close(two[0][strategy]["state"], one, rtol=1e-4, atol=1e-5)
 
 
-def test_a_center_collected_over_several_reduced_backwards_is_the_mean_of_all(tmp_path):
-    """DDP gives all processes the first one's buffers at each such forward: what is collected must not be one."""
+def test_manual_accumulation_in_two_processes_equals_one(tmp_path):
     ranks = fits.run_trainers(fits.manual, tmp_path)
     one = fits.manual(tmp_path)
     assert [rank["steps"] for rank in ranks] == [one["steps"]] * 2 == [18] * 2
