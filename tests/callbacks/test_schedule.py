@@ -298,10 +298,18 @@ def test_a_momentum_out_of_range_stops(value):
         trainer(*callbacks).fit(Toy(), loader())
 
 
-def test_manual_optimization_with_total_steps():
-    seen = Seen()
-    trainer(ScheduleCallback("weight_decay", (0.1, 0.2), total_steps=12), seen).fit(Manual("lightning"), loader())
-    assert [value for (value,) in seen.values] == pytest.approx(cosine(0.1, 0.2, 12))
+@pytest.mark.parametrize("backward", ["lightning", "torch"])
+@pytest.mark.parametrize("optimizer", ["lightning", "torch"])
+def test_manual_optimization_with_total_steps(backward, optimizer):
+    seen = []
+
+    class See(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            seen.append(trainer.optimizers[0].param_groups[0]["weight_decay"])
+
+    module = Manual(backward, optimizer)
+    trainer(ScheduleCallback("weight_decay", (0.1, 0.2), total_steps=12), See()).fit(module, loader())
+    assert seen == pytest.approx(cosine(0.1, 0.2, 12))
 
 
 @pytest.mark.parametrize(

@@ -308,8 +308,12 @@ def test_data_without_a_length_needs_a_limit():
     assert callback.steps_taken == 4
 
 
-def test_a_raw_optimizer_of_lightning_is_seen():
-    module, callback = Manual("lightning", "torch"), TeacherUpdateCallback(base_momentum=0.5, total_steps=12)
+MANUAL = [("lightning", "lightning"), ("lightning", "torch"), ("torch", "lightning"), ("torch", "torch")]
+
+
+@pytest.mark.parametrize(("backward", "optimizer"), MANUAL)
+def test_steps_of_manual_optimization_are_seen(backward, optimizer):
+    module, callback = Manual(backward, optimizer), TeacherUpdateCallback(base_momentum=0.5, total_steps=12)
     trainer(callback).fit(module, loader())
     assert callback.steps_taken == 12
     assert not torch.equal(module.teacher["backbone"].weight, module.student["backbone"].weight)
