@@ -19,13 +19,16 @@ from dino_head.prototypes import FactoredLogits
 class GuardedLosses:
     """All DINOLoss modules of a LightningModule.
 
-    They are taken in charge for the time of a batch alone, so that copies made between batches are plain modules.
+    They are taken in charge for the time of a batch alone, so that copies made between batches are plain modules, and
+    calls between batches do not mix with what a window of accumulation has added up.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, pairs: Sequence[tuple[str, str]]) -> None:
         self.trainer, self.pl_module, self.pairs = trainer, pl_module, pairs
         self.losses = [module for module in pl_module.modules() if isinstance(module, DINOLoss)]
         self.hooks: list[Any] = []
+        self.were_deferred = [loss.defer_center_update for loss in self.losses]
+        self.collected: list[Tensor | None] = [None] * len(self.losses)  # between batches
 
     @property
     def centers(self) -> int:
@@ -34,27 +37,36 @@ class GuardedLosses:
 
     def take(self) -> None:
         """Let centers wait, and look at values."""
+        self._give_back()
         for loss in self.losses:
             loss.defer_center_update = True
             self.hooks.append(loss.register_forward_hook(self._check_finite, with_kwargs=True))
 
     def release(self) -> None:
-        """Leave the losses as they were; what they added up for the center stays."""
+        """Leave the losses as they were, and keep what they added up for the center."""
+        if not self.hooks:
+            return
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
-        for loss in self.losses:
-            loss.defer_center_update = False
+        for index, (loss, was_deferred) in enumerate(zip(self.losses, self.were_deferred, strict=True)):
+            loss.defer_center_update = was_deferred
+            self.collected[index], loss._collected = loss._collected, None
 
     def forget(self) -> None:
         """Drop what was added up, of a step that was interrupted."""
-        for loss in self.losses:
-            loss.forget_center_update()
+        self.collected = [None] * len(self.losses)
 
     def apply_center_updates(self) -> None:
         """Move all centers."""
+        self._give_back()
         for loss in self.losses:
             loss.apply_center_update()
+
+    def _give_back(self) -> None:
+        for index, loss in enumerate(self.losses):
+            if self.collected[index] is not None:  # another callback may have had it in charge
+                loss._collected, self.collected[index] = self.collected[index], None
 
     def _check_finite(self, loss: DINOLoss, arguments: tuple[Any, ...], options: dict[str, Any], value: object) -> None:
         if not loss.training or not isinstance(value, Tensor) or value.ndim or math.isfinite(value.item()):

@@ -57,7 +57,7 @@ class ScheduleCallback(OverTheRun):
         _check_arguments(schedule)
         self.target = target
         self.schedule = schedule
-        self._follows: list[bool] = []  # for each parameter group, where the target is an option of theirs
+        self._follows: list[list[bool]] = []  # for each optimizer's groups, where the target is an option of theirs
         self._setters: list[Callable[[float], None]] = []
         self._set_for: int | None = None  # the step whose value is in place
         self._first: float | None = None

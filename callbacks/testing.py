@@ -103,7 +103,7 @@ def assert_resume_invariant(make: Make, *, epochs: int = 2, mid_epoch: bool = Tr
     with tempfile.TemporaryDirectory() as folder:
         keep_all = {"save_top_k": -1, "every_n_train_steps": 1, "filename": "{step}"}
         every = _Keep(folder, save_on_train_epoch_end=False, **keep_all)  # type: ignore[arg-type]
-        ends = _Keep(folder, save_top_k=-1, every_n_epochs=1, filename="end-{step}")
+        ends = _Keep(folder, save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True, filename="end-{step}")
         expected = _final_state(make, 0, epochs, [every, ends], None, trainer_options)
         *_, end, last = [-1, *_steps_of(folder, "end-step=*.ckpt")]
         inside = [step for step in _steps_of(folder, "step=*.ckpt") if end < step < last]

@@ -149,10 +149,6 @@ class DINOLoss(nn.Module):
             mean = torch.where(count > 0, sums / count, self.center)  # no wait for the device
             self.center.lerp_(mean, 1 - self.center_momentum)
 
-    def forget_center_update(self) -> None:
-        """Drop what was added up since the last update, as after a step that was interrupted."""
-        self._collected = None
-
     @torch.no_grad()
     def _collect(self, teacher_out: Tensor | FactoredLogits) -> None:
         if self.center is not None:

@@ -32,6 +32,7 @@ class StopAtBatchEnd(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """From here on there is something to save."""
+        self.is_asked = False
         signal.signal(signal.SIGINT, self._ask)
 
     def _ask(self, *_: Any) -> None:

@@ -144,6 +144,26 @@ def test_the_center_waits_for_the_step_and_moves_by_itself_without_the_callback(
         assert moved == ([False, True, False, True] if callbacks else [True] * 4)
 
 
+def test_a_call_between_micro_batches_does_not_mix_with_their_window(case):
+    class Call(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            copy_of_state = copy.deepcopy(center(pl_module))
+            center_owner(pl_module)(torch.full((2, 4, 16), 9.0), torch.randn(2, 4, 16))
+            center(pl_module).copy_(copy_of_state)  # what the call itself did
+
+    make, data = case
+    called = run(make(), data(), *rules(), Call(), accumulate_grad_batches=2)
+    equal(called, run(make(), data(), accumulate_grad_batches=2))
+
+
+def test_a_center_that_the_user_defers_stays_so(case):
+    make, data = case
+    module = make()
+    center_owner(module).defer_center_update = True
+    run(module, data())
+    assert center_owner(module).defer_center_update
+
+
 def test_after_training_the_center_moves_by_itself_again(case):
     make, data = case
     module = run(make(), data())

@@ -111,6 +111,28 @@ def test_parameter_groups_that_come_later_follow_too():
     assert seen.values[4:] == [pytest.approx([value, value, 0.0]) for value in values[4:]]
 
 
+def test_groups_that_come_later_in_one_of_two_optimizers():
+    """Each optimizer's groups are its own, also while the schedule stands at 0."""
+
+    class Two(Manual):
+        def configure_optimizers(self):
+            parts = self.student["backbone"], self.student["head"].layers
+            return [torch.optim.AdamW(part.parameters(), weight_decay=0.04) for part in parts]
+
+        def optimizers(self, use_pl_optimizer=True):
+            return super().optimizers(use_pl_optimizer)[0]
+
+    class Add(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.optimizers[0].add_param_group({"params": [nn.Parameter(torch.zeros(2))], "weight_decay": 0.0})
+
+    run = trainer(Add(), ScheduleCallback("weight_decay", lambda step, total: 0.2 * (step > 5), total_steps=12))
+    run.fit(Two("lightning"), loader())
+    decays = [[group["weight_decay"] for group in optimizer.param_groups] for optimizer in run.optimizers]
+    assert decays == [[0.2, 0.0], [0.2]]
+
+
 def test_several_callbacks_of_one_class_are_all_set():
     module = Toy()
     module.other = copy.deepcopy(module.teacher)

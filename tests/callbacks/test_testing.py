@@ -145,6 +145,18 @@ def test_resume_under_accumulation():
     assert_resume_invariant(random_example, accumulate_grad_batches=2)
 
 
+def test_an_epochs_end_is_one_also_where_validation_comes_in_between():
+    class Validated(LightningDataModule):
+        train_dataloader = val_dataloader = staticmethod(loader)
+
+    def make():
+        module = Toy()
+        module.validation_step = lambda batch, batch_idx: None
+        return module, Validated(), callbacks()
+
+    assert_resume_invariant(make, mid_epoch=False, val_check_interval=2)
+
+
 def test_an_ordinary_loader_is_found_in_the_middle_of_an_epoch():
     with pytest.raises(AssertionError, match=r"(?s)in the middle of an epoch differ at the end.*saves no random state"):
         assert_resume_invariant(toy)
