@@ -33,6 +33,14 @@ class OverTheRun(AfterOptimizerStep):
         """Whether there is anything that depends on the length of the run."""
         return True
 
+    def progress(self) -> str:
+        """The steps taken, of how many."""
+        if not self.needs_horizon or self._horizon is None:
+            return f"{self.steps_taken} optimizer steps"
+        if self.steps_taken > self._horizon:
+            return f"{self.steps_taken} optimizer steps, of a schedule of {self._horizon}"
+        return f"{self.steps_taken} of {self._horizon} optimizer steps"
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, before a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
@@ -49,7 +57,8 @@ class OverTheRun(AfterOptimizerStep):
                     f"this run is to have {horizon}: its remainder would be another one. Keep max_epochs, max_steps, "
                     "batch size, accumulation and number of processes as they were, or say what you want: "
                     f"total_steps={self._horizon} stays with the schedule that the run began with, "
-                    f"total_steps={horizon} goes over to that of a run of this length"
+                    f"total_steps={horizon} goes over to that of a run of this length (a LambdaLR of yours needs the "
+                    "same choice)"
                 )
             self._horizon = horizon
         super().on_train_start(trainer, pl_module)

@@ -248,7 +248,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         )
         cancelled = trainer.strategy.reduce_boolean_decision(cancelled, all=False)
         steps = trainer.global_step - target.record.since
-        if not cancelled and (steps > 0 or trainer.global_step == 0):  # 0: a raw optimizer, whose steps are not seen
+        if not cancelled and (steps > 0 or _has_unseen_steps(trainer)):
             raise MisconfigurationException(
                 f"{target.name} was frozen for {steps} optimizer steps, but never had a gradient to "
                 "cancel: it is not part of the loss, or was detached or set to requires_grad=False after training "
@@ -257,7 +257,9 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 
     def _write_receipt(self, trainer: Trainer, target: Target, end: str = "released") -> None:
         record, ranks = target.record, trainer.world_size
-        steps = f"{trainer.global_step - record.since} optimizer steps" if trainer.global_step else "unseen steps"
+        steps = f"{trainer.global_step - record.since} optimizer steps"
+        if _has_unseen_steps(trainer):
+            steps = "unseen steps"
         # The proof begins anew with the weights that a checkpoint brings, and the receipt claims no more.
         resumed_inside = target.before and target.taken_up_at > record.since
         resumed = f" (since step {target.taken_up_at}, where the run was resumed)" if resumed_inside else ""
@@ -271,3 +273,9 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 def _values(pl_module: LightningModule, name: str) -> dict[str, Tensor]:
     """This process's part of all parameters of the module that now has this name."""
     return {key: local_part(parameter) for key, parameter in find_submodule(pl_module, name, MODULE).named_parameters()}
+
+
+def _has_unseen_steps(trainer: Trainer) -> bool:
+    """Whether batches were trained without a step that Lightning knows of: with a raw optimizer."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.total
+    return trainer.global_step == 0 and batches.started > 0  # type: ignore[attr-defined]

@@ -68,10 +68,7 @@ class ScheduleCallback(OverTheRun):
         """What was set, from which value to which; None before the first step."""
         if self._first is None or self._last is None:
             return None
-        return (
-            f"{self.target} from {self._first:.6g} to {self._last:.6g} in {self.steps_taken} of {self._horizon} "
-            "optimizer steps"
-        )
+        return f"{self.target} from {self._first:.6g} to {self._last:.6g} in {self.progress()}"
 
     @property
     def state_key(self) -> str:

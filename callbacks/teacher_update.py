@@ -82,10 +82,9 @@ class TeacherUpdateCallback(OverTheRun):
         if not self.steps_taken:
             return None
         names = ", ".join(f"{teacher} followed {student}" for student, teacher in self.pairs)
-        planned = f" of {self._horizon}" if self.needs_horizon else ""
         centers = f", {self._centers} center{'s' * (self._centers > 1)} with it" if self._centers else ""
         return (
-            f"{names} for {self.steps_taken}{planned} optimizer steps, last with momentum "
+            f"{names} for {self.progress()}, last with momentum "
             f"{self._momentum_of(self.steps_taken - 1):.6g}{centers}, on {self._ranks} of {self._ranks} ranks"
         )
 

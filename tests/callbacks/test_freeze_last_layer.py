@@ -365,6 +365,16 @@ def test_the_saving_changes_no_result(norm_last_layer, monkeypatch):
 # What a newcomer to the code would get wrong.
 
 
+def test_an_epoch_that_was_left_out_is_no_false_alarm():
+    class LeaveOut(Toy):
+        def on_train_batch_start(self, batch, batch_idx):
+            return -1 if self.current_epoch == 0 else None
+
+    callback = FreezeLastLayerCallback(1)
+    fit(LeaveOut(), callback)
+    assert callback.receipt.startswith("student.head.last_layer frozen for 0 optimizer steps")
+
+
 def test_data_that_stop_short_of_their_announced_length_end_the_freeze_all_the_same():
     """Lightning then knows of no last batch. As of an iterable dataset with several workers and drop_last."""
 
