@@ -56,8 +56,8 @@ def dino_loss(
         The loss in nats, a scalar.
 
     Raises:
-        ValueError: kinds, shapes or types that do not fit, no sample, no pair of different views, or a temperature
-            <= 0.
+        ValueError: kinds, shapes or types that do not fit, swapped sides, no sample, no pair of different views, or a
+            temperature <= 0.
         RuntimeError: in a second derivative.
 
     >>> dino_loss(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16))  # uniform on both sides: ln 16
@@ -67,13 +67,8 @@ def dino_loss(
     check_number("student_temp", student_temp, 0, float("inf"), exclude_minimum=True)
     check_integer("block_bytes", block_bytes, 1)
     teacher, student = stacked(teacher_out), stacked(student_out)
-    if torch.is_grad_enabled() and _requires_grad(teacher) and not _requires_grad(student):
-        raise ValueError(
-            "teacher_out requires a gradient and student_out does not, so that nothing would be trained: give the "
-            "teacher's outputs first, made under torch.no_grad()"
-        )
-    teacher = _detached(teacher)
     _check_sides(teacher, student)
+    teacher = _detached(teacher)
     if isinstance(center, Tensor):
         if center.numel() != output_dim(teacher):
             raise ValueError(
@@ -209,6 +204,11 @@ def _check_sides(teacher: Tensor | FactoredLogits, student: Tensor | FactoredLog
         )
     if views_t == views_s == 1:
         raise ValueError(f"no pair of different views is left with one view a side, {given}: add a view")
+    if torch.is_grad_enabled() and _requires_grad(teacher) and not _requires_grad(student):
+        raise ValueError(
+            "teacher_out requires a gradient and student_out does not, so that nothing would be trained: give the "
+            "teacher's outputs first, made under torch.no_grad()"
+        )
 
 
 def _detached(out: Tensor | FactoredLogits) -> Tensor | FactoredLogits:

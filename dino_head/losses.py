@@ -157,13 +157,11 @@ class DINOLoss(nn.Module):
             self._collected = sums if self._collected is None else self._collected + sums
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DINOLoss":
-        # `.half()` and friends move the buffers with the module but leave them float32.
-        before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        # `.half()` and friends move the center with the module but leave it float32.
+        before = self.center
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != torch.float32:
-                setattr(self, name, buffer.to(moved.device))
+        if before is not None and self.center is not None and self.center.dtype != torch.float32:
+            self.center = before.to(self.center.device)
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

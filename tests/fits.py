@@ -16,10 +16,10 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from toy import trainer
+from toy import rules, trainer
 from views import TinyDINO, tiny_dino
 
-from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
+from dino_head.callbacks import FreezeLastLayerCallback, TeacherUpdateCallback
 
 CAN_SHARD = hasattr(torch.cpu.Stream, "record_event")  # fully_shard of older versions of torch needs a GPU
 IMAGES = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -40,14 +40,6 @@ def _start(rank: int, work: Callable[[Path], Any], folder: Path, processes: int,
     os.environ.update({name: str(value) for name, value in {**world, **meeting}.items()})
     torch.set_num_threads(1)
     torch.save(work(folder), folder / f"result{rank}.pt")
-
-
-def rules() -> list[Any]:
-    return [
-        FreezeLastLayerCallback(1),
-        TeacherUpdateCallback(base_momentum=0.7),
-        ScheduleCallback("weight_decay", (0.04, 0.4)),
-    ]
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dino_head import DINOProjectionHead
+from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
 
 
 def adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
@@ -114,6 +115,15 @@ def loader(batches: int = 4, batch_size: int = 4) -> DataLoader[Any]:
     x = torch.randn(batches * batch_size, 8, generator=generator)
     y = torch.randint(16, (batches * batch_size,), generator=generator)
     return DataLoader(TensorDataset(x, y), batch_size=batch_size)
+
+
+def rules() -> list[Any]:
+    """All of DINO's rules, with values that show in a few steps."""
+    return [
+        FreezeLastLayerCallback(1),
+        TeacherUpdateCallback(base_momentum=0.7),
+        ScheduleCallback("weight_decay", (0.04, 0.4)),
+    ]
 
 
 def trainer(*callbacks: Callback, **options: Any) -> Trainer:

@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from toy import Toy, loader, trainer
+from toy import Toy, loader, rules, trainer
 from views import crops, tiny_dino, view_loader
 
 from dino_head import DINOLoss
-from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
+from dino_head.callbacks import ScheduleCallback, TeacherUpdateCallback
 from dino_head.callbacks.testing import (
     assert_accumulation_invariant,
     assert_resume_invariant,
@@ -57,14 +57,6 @@ def case(request):
         return make(**options)
 
     return module, data
-
-
-def rules():
-    return [
-        FreezeLastLayerCallback(1),
-        TeacherUpdateCallback(base_momentum=0.7),
-        ScheduleCallback("weight_decay", (0.04, 0.4)),
-    ]
 
 
 def center_owner(module):

@@ -9,10 +9,10 @@ from data import ResumableLoader
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from torch import nn
-from toy import Manual, Stateful, Toy, loader
+from toy import Manual, Stateful, Toy, loader, rules
 from views import tiny_dino, view_loader
 
-from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
+from dino_head.callbacks import FreezeLastLayerCallback, TeacherUpdateCallback
 from dino_head.callbacks.testing import (
     assert_accumulation_invariant,
     assert_resume_invariant,
@@ -20,25 +20,17 @@ from dino_head.callbacks.testing import (
 )
 
 
-def callbacks():
-    return [
-        FreezeLastLayerCallback(1),
-        TeacherUpdateCallback(base_momentum=0.7),
-        ScheduleCallback("weight_decay", (0.04, 0.4)),
-    ]
-
-
 def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1, weight_decay=0.04)
 
 
 def toy():
-    return Toy(), loader(), callbacks()
+    return Toy(), loader(), rules()
 
 
 def example():
     """With SGD: AdamW's division turns gradients that are 0 but for rounding into steps."""
-    return tiny_dino(sgd, warmup_epochs=0), view_loader(), callbacks()
+    return tiny_dino(sgd, warmup_epochs=0), view_loader(), rules()
 
 
 class Shuffled(LightningDataModule):
@@ -58,7 +50,7 @@ def random_example(**data):
     module.augment = lambda images: [images + 0.1 * torch.randn_like(images) for _ in range(3)]
     for side in (module.student, module.teacher):
         side["backbone"] = nn.Sequential(side["backbone"], nn.Dropout(0.2))
-    return module, Shuffled(**data), callbacks()
+    return module, Shuffled(**data), rules()
 
 
 class InEachForward(Toy):
@@ -92,7 +84,7 @@ def test_a_center_without_the_callback_is_found():
 
 def test_batch_norm_is_named():
     with pytest.raises(AssertionError, match=r"batch norm \(student.head.layers.1, .* Else: something moves once"):
-        assert_accumulation_invariant(lambda: (Toy(batch_norm=True), loader(), callbacks()), parts=2)
+        assert_accumulation_invariant(lambda: (Toy(batch_norm=True), loader(), rules()), parts=2)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +93,7 @@ def test_batch_norm_is_named():
 )
 def test_data_that_prove_nothing(data, message):
     with pytest.raises(ValueError, match=message):
-        assert_accumulation_invariant(lambda: (Toy(), data, callbacks()))
+        assert_accumulation_invariant(lambda: (Toy(), data, rules()))
 
 
 def test_the_users_own_checkpoints_and_bars_are_let_in(tmp_path):
@@ -109,7 +101,7 @@ def test_the_users_own_checkpoints_and_bars_are_let_in(tmp_path):
         return (
             Toy(),
             loader(),
-            [*callbacks(), ModelCheckpoint(tmp_path, enable_version_counter=False), TQDMProgressBar()],
+            [*rules(), ModelCheckpoint(tmp_path, enable_version_counter=False), TQDMProgressBar()],
         )
 
     assert_teacher_follows(make)
@@ -138,7 +130,7 @@ def test_resume_of_the_example_with_shuffling_random_views_and_dropout(workers):
 
 def test_resume_of_the_example_with_a_loader_that_saves_where_it_is():
     """Lightning restores such a loader only if nothing has asked for the data before: the example does not."""
-    assert_resume_invariant(lambda: (tiny_dino(), Stateful(view_loader().dataset, 4), callbacks()))
+    assert_resume_invariant(lambda: (tiny_dino(), Stateful(view_loader().dataset, 4), rules()))
 
 
 def test_resume_under_accumulation():
@@ -152,7 +144,7 @@ def test_an_epochs_end_is_one_also_where_validation_comes_in_between():
     def make():
         module = Toy()
         module.validation_step = lambda batch, batch_idx: None
-        return module, Validated(), callbacks()
+        return module, Validated(), rules()
 
     assert_resume_invariant(make, mid_epoch=False, val_check_interval=2)
 
@@ -178,7 +170,7 @@ def test_random_views_without_a_derived_seed_are_found(monkeypatch):
 
 def test_one_batch_has_no_middle():
     with pytest.raises(ValueError, match="2 optimizer steps in 2 epochs leave no middle of an epoch to resume from"):
-        assert_resume_invariant(lambda: (Toy(), loader(batches=1), callbacks()))
+        assert_resume_invariant(lambda: (Toy(), loader(batches=1), rules()))
 
 
 @pytest.mark.parametrize("make", [toy, example, random_example])
