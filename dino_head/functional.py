@@ -67,7 +67,7 @@ def dino_loss(
     check_number("student_temp", student_temp, 0, float("inf"), exclude_minimum=True)
     check_integer("block_bytes", block_bytes, 1)
     teacher, student = stacked(teacher_out), stacked(student_out)
-    _check_sides(teacher, student)
+    check_sides(teacher, student)
     teacher = _detached(teacher)
     if isinstance(center, Tensor):
         if center.numel() != output_dim(teacher):
@@ -183,7 +183,8 @@ def output_dim(out: Tensor | FactoredLogits) -> int:
     return out.shape[-1] if isinstance(out, Tensor) else len(out.prototypes)
 
 
-def _check_sides(teacher: Tensor | FactoredLogits, student: Tensor | FactoredLogits) -> None:
+def check_sides(teacher: Tensor | FactoredLogits, student: Tensor | FactoredLogits) -> None:
+    """Raise ValueError unless both sides fit together."""
     sizes = []
     for side in (teacher, student):
         views, samples, _ = (side if isinstance(side, Tensor) else side.z).shape

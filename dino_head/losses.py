@@ -113,9 +113,7 @@ class DINOLoss(nn.Module):
                 f"the loss was made for {self.output_dim} prototypes (output_dim), got a teacher with "
                 f"{output_dim(teacher_out)}: give loss and head the same output_dim"
             )
-        center = self.center
-        if center is None:
-            center = sinkhorn_center(teacher_out, teacher_temp, reduce=_logsumexp_of_processes)
+        center = self.center_for(teacher_out, teacher_temp)
         loss = dino_loss(
             teacher_out, student_out, center=center, teacher_temp=teacher_temp, student_temp=self.student_temp
         )
@@ -128,6 +126,12 @@ class DINOLoss(nn.Module):
     def temperature(self, epoch: int | None = None) -> float:
         """The teacher's temperature in an epoch; None: the final one."""
         return teacher_temperature(epoch, self.warmup_teacher_temp, self.teacher_temp, self.warmup_teacher_temp_epochs)
+
+    def center_for(self, teacher_out: Logits, teacher_temp: float) -> Tensor:
+        """What is subtracted from these logits of the teacher: the center, or with sinkhorn the batch's own, (K,)."""
+        if self.center is not None:
+            return self.center
+        return sinkhorn_center(teacher_out, teacher_temp, reduce=_logsumexp_of_processes)
 
     @torch.no_grad()
     def apply_center_update(self) -> None:

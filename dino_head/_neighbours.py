@@ -1,0 +1,85 @@
+"""Nearest neighbours by cosine similarity, in bounded memory, and their vote.
+
+Sizes: n samples, N candidates, D features, k neighbours.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def nearest(
+    features: Tensor,
+    candidates: Tensor,
+    k: int,
+    *,
+    excluded: tuple[Tensor, Tensor] | None = None,
+    chunk_bytes: int = 2**26,
+) -> tuple[Tensor, Tensor]:
+    """The k most similar candidates (N, D) of each of some features (n, D).
+
+    Args:
+        features: (n, D).
+        candidates: (N, D), N >= k.
+        k: how many.
+        excluded: groups (n,) and (N,); candidates of a sample's own group are left out.
+        chunk_bytes: memory for similarities (at least those of one sample to all candidates).
+
+    Returns:
+        Cosine similarities (n, k) in float32, falling, and indices (n, k); -inf fills up where too few are left.
+
+    Raises:
+        ValueError: a sample without a candidate outside of its group.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        unit, others = F.normalize(features.float(), dim=1), F.normalize(candidates.float(), dim=1)
+        found = []
+        for rows in torch.arange(len(unit), device=unit.device).split(max(1, chunk_bytes // (4 * len(others)))):
+            similarity = unit[rows] @ others.T
+            if excluded is not None:
+                similarity.masked_fill_(excluded[0][rows, None] == excluded[1], -math.inf)
+            found.append(similarity.topk(k))
+    values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
+    alone = int(values[:, 0].isneginf().sum())
+    if alone:
+        raise ValueError(
+            f"{alone} of {len(unit)} samples have no neighbour outside of their own group: give voters of more groups"
+        )
+    return values, indices
+
+
+def vote(similarity: Tensor, indices: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Neighbours (n, k), labels (N,) of all candidates -> labels (n,) of the largest sums of exp(s / temperature)."""
+    classes, of_candidates = labels.unique(return_inverse=True)
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()  # a sample's common factor does not matter
+    votes = weights.new_zeros(len(weights), len(classes)).scatter_add_(1, of_candidates[indices], weights)
+    labels_voted: Tensor = classes[votes.argmax(dim=1)]
+    return labels_voted
+
+
+def check_finite(name: str, features: Tensor) -> None:
+    """Raise ValueError unless all features (..., D) are finite."""
+    broken = int((~features.isfinite()).flatten(end_dim=-2).any(dim=1).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of {features.shape[:-1].numel()} {name} hold NaN or inf: look at the images behind them, at the "
+            "network's weights and at the precision"
+        )
+
+
+def check_labelled(name: str, features: Tensor, labels: Tensor, groups: Tensor | None) -> None:
+    """Raise ValueError unless these are finite features (N, D) with labels (N,), and groups (N,) if any."""
+    if features.dim() != 2 or not features.is_floating_point() or not len(features):
+        raise ValueError(
+            f"{name} must have floating-point features (N, D) of at least one sample, got {tuple(features.shape)} "
+            f"in {features.dtype}: pool or flatten them"
+        )
+    for kind, values in (("labels", labels), ("groups", groups)):
+        if values is not None and (values.shape != features.shape[:1] or values.is_floating_point()):
+            raise ValueError(
+                f"{name} must have integer {kind} (N,), one for each of the {len(features)} features, got "
+                f"{tuple(values.shape)} in {values.dtype}"
+            )
+    check_finite(f"features of the {name}", features)

@@ -1,0 +1,127 @@
+"""What the statistics of a run say, in words: is it a collapse, and which knob is to be turned?"""
+
+import math
+from collections.abc import Mapping
+from typing import SupportsFloat
+
+HEALTHY = "no collapse"  # how the diagnosis of a run that only looks stuck begins
+
+UNIFORM = 0.98  # of ln K
+FEW_PROTOTYPES = 2.0  # effective number
+LOW_RANK = 2.0
+DEAD = 0.05  # share of the prototypes that as many rows could have reached
+FLAT = 0.01  # relative change of the loss
+LARGE_LOSS, LARGE_K = 0.8, 4096  # of ln K; prototypes
+
+
+def diagnose(statistics: Mapping[str, SupportsFloat]) -> str | None:
+    """Name what is wrong with a run, with its numbers and the knob to turn; None if nothing is.
+
+    Average the statistics over some hundred steps: untrained networks look like collapsed ones, and a healthy run needs
+    some time to leave that state. The cases, in the order in which they are looked for:
+
+    - not finite: any of the values;
+    - teacher does not follow: its weights stayed bitwise the same while the student's moved;
+    - one-hot collapse: an effective number of prototypes below 2, so that all images get the same one;
+    - uniform teacher: its entropy and the student's are above 0.98 ln K;
+    - dimensional collapse: RankMe below 2;
+    - dead prototypes: fewer than 5% of those that so many rows could have reached win for any;
+    - no collapse: a loss above 0.8 ln K that moves by less than 1%, with K >= 4096, and none of the above. That loss is
+      the teacher's own entropy, which grows with K.
+
+    Args:
+        statistics: what `DINOStatistics.compute` gives, and as far as known `rankme`, `loss_change` (of the loss over
+            the time looked at, relative), `teacher_change` and `student_change` (of the weights in that time; 0 means
+            bitwise the same). Cases whose values are missing are not looked for.
+
+    Returns:
+        "<case>: <what is seen>. <What to do>."
+
+    >>> diagnose({"teacher_entropy": 6.23, "teacher_entropy_per_lnK": 0.999, "student_entropy_per_lnK": 1.0})[:15]
+    'uniform teacher'
+    """
+    # A missing value is NaN, and no comparison with it holds.
+    values = {name: float(value) for name, value in statistics.items()}
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        return (
+            f"not finite: {', '.join(broken)}. Look at images, augmentation and weights for NaN or inf; lower the "
+            "learning rate, clip gradients, use bf16 in place of fp16"
+        )
+    seen = _Missing(values)
+    for case in (_teacher_stands, _one_hot, _uniform, _low_rank, _dead_prototypes, _large_k):
+        found = case(seen)
+        if found is not None:
+            return found
+    return None
+
+
+class _Missing(dict[str, float]):
+    def __missing__(self, name: str) -> float:
+        return math.nan
+
+
+def _teacher_stands(seen: Mapping[str, float]) -> str | None:
+    if seen["teacher_change"] == 0 and seen["student_change"] > 0:
+        return (
+            "teacher does not follow: its weights are bitwise what they were, while the student's changed by "
+            f"{seen['student_change']:.2g} of their norm. Add TeacherUpdateCallback to the Trainer, with pairs that "
+            "name this teacher, and a momentum below 1"
+        )
+    return None
+
+
+def _one_hot(seen: Mapping[str, float]) -> str | None:
+    if seen["prototypes_effective"] < FEW_PROTOTYPES:
+        return (
+            f"one-hot collapse: all images get the same prototype (effective number {seen['prototypes_effective']:.2f} "
+            f"of {seen['output_dim']:.0f}, teacher entropy {seen['teacher_entropy']:.3f} nats, KL {seen['kl']:.3f}). "
+            "Check that the center moves (center_momentum below 1, loss.train()) or use centering='sinkhorn'; raise "
+            "the teacher temperature, lower the learning rate, and go on from a checkpoint before it"
+        )
+    return None
+
+
+def _uniform(seen: Mapping[str, float]) -> str | None:
+    if seen["teacher_entropy_per_lnK"] > UNIFORM and seen["student_entropy_per_lnK"] > UNIFORM:
+        return (
+            f"uniform teacher: its entropy is {seen['teacher_entropy']:.4f} nats, {seen['teacher_entropy_per_lnK']:.3f} "
+            "of ln K, and the student agrees, so that the loss stays at ln K and nothing is learnt. Lower the teacher "
+            "temperature (0.04 is safe; above 0.07 often ends here), check that teacher and student are not the same "
+            "object and that views differ; in the first epochs, wait for the end of the learning rate's warm-up"
+        )
+    return None
+
+
+def _low_rank(seen: Mapping[str, float]) -> str | None:
+    if seen["rankme"] < LOW_RANK:
+        return (
+            f"dimensional collapse: the embeddings have an effective rank (RankMe) of {seen['rankme']:.2f}, so that they "
+            "lie on a line. Check that the images differ after normalisation, lower learning rate and weight decay, "
+            "use batch norm in the head or a backbone with normalisation"
+        )
+    return None
+
+
+def _dead_prototypes(seen: Mapping[str, float]) -> str | None:
+    used, count, rows = seen["prototypes_used"] * seen["output_dim"], seen["output_dim"], seen["rows"]
+    reachable = count * -math.expm1(rows * math.log1p(-1 / count)) if count > 1 else math.nan  # by as many random draws
+    if used < DEAD * reachable:
+        return (
+            f"dead prototypes: {used:.0f} of {count:.0f} win for any of {rows:.0f} rows, where {reachable:.0f} could "
+            "have. Lower output_dim (some times the number of kinds of images is enough), freeze the last layer for "
+            "longer, or use centering='sinkhorn'"
+        )
+    return None
+
+
+def _large_k(seen: Mapping[str, float]) -> str | None:
+    is_flat = seen["loss_per_lnK"] > LARGE_LOSS and abs(seen["loss_change"]) < FLAT
+    if is_flat and seen["output_dim"] >= LARGE_K:
+        return (
+            f"{HEALTHY}: the loss of {seen['loss']:.2f} nats is flat at {seen['loss_per_lnK']:.2f} ln K because K = "
+            f"{seen['output_dim']:.0f} is large: {seen['teacher_entropy']:.2f} of it are the teacher's own entropy, "
+            f"which no student can lower, and {seen['kl']:.2f} are KL, in which it learns. Watch KL and kNN; a lower "
+            "teacher temperature or fewer prototypes lower the entropy"
+        )
+    return None
