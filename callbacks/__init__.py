@@ -1,7 +1,18 @@
-"""DINO's training rules as Lightning callbacks."""
+"""DINO's training rules as Lightning callbacks, and those that watch a run."""
 
+from dino_head.callbacks.report import ReportCallback
+
+from dino_head.callbacks.collapse_monitor import CollapseMonitorCallback
 from dino_head.callbacks.freeze_last_layer import FreezeLastLayerCallback
+from dino_head.callbacks.knn_probe import KNNProbeCallback
 from dino_head.callbacks.schedule import ScheduleCallback
 from dino_head.callbacks.teacher_update import TeacherUpdateCallback
 
-__all__ = ["FreezeLastLayerCallback", "ScheduleCallback", "TeacherUpdateCallback"]
+__all__ = [
+    "CollapseMonitorCallback",
+    "FreezeLastLayerCallback",
+    "KNNProbeCallback",
+    "ReportCallback",
+    "ScheduleCallback",
+    "TeacherUpdateCallback",
+]

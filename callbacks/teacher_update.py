@@ -84,9 +84,14 @@ class TeacherUpdateCallback(OverTheRun):
         names = ", ".join(f"{teacher} followed {student}" for student, teacher in self.pairs)
         centers = f", {self._centers} center{'s' * (self._centers > 1)} with it" if self._centers else ""
         return (
-            f"{names} for {self.progress()}, last with momentum "
-            f"{self._momentum_of(self.steps_taken - 1):.6g}{centers}, on {self._ranks} of {self._ranks} ranks"
+            f"{names} for {self.progress()}, last with momentum {self.last_momentum:.6g}{centers}, on {self._ranks} of "
+            f"{self._ranks} ranks"
         )
+
+    @property
+    def last_momentum(self) -> float | None:
+        """M of the last update; None before the first."""
+        return self._momentum_of(self.steps_taken - 1) if self.steps_taken else None
 
     @property
     def state_key(self) -> str:

@@ -21,7 +21,7 @@ def diagnose(statistics: Mapping[str, SupportsFloat]) -> str | None:
     some time to leave that state. The cases, in the order in which they are looked for:
 
     - not finite: any of the values;
-    - teacher does not follow: its weights stayed bitwise the same while the student's moved;
+    - teacher does not follow: its weights stayed bitwise what they were while the student's moved;
     - one-hot collapse: an effective number of prototypes below 2, so that all images get the same one;
     - uniform teacher: its entropy and the student's are above 0.98 ln K;
     - dimensional collapse: RankMe below 2;
@@ -30,9 +30,9 @@ def diagnose(statistics: Mapping[str, SupportsFloat]) -> str | None:
       the teacher's own entropy, which grows with K.
 
     Args:
-        statistics: what `DINOStatistics.compute` gives, and as far as known `rankme`, `loss_change` (of the loss over
-            the time looked at, relative), `teacher_change` and `student_change` (of the weights in that time; 0 means
-            bitwise the same). Cases whose values are missing are not looked for.
+        statistics: what `DINOStatistics.compute` gives, and as far as known `rankme`, `loss_change` (relative, of the
+            loss over the time looked at) and `teacher_follows` (0 if its weights stayed what they were in that time
+            while the student's moved, else 1). Cases whose values are missing are not looked for.
 
     Returns:
         "<case>: <what is seen>. <What to do>."
@@ -62,11 +62,10 @@ class _Missing(dict[str, float]):
 
 
 def _teacher_stands(seen: Mapping[str, float]) -> str | None:
-    if seen["teacher_change"] == 0 and seen["student_change"] > 0:
+    if seen["teacher_follows"] == 0:
         return (
-            "teacher does not follow: its weights are bitwise what they were, while the student's changed by "
-            f"{seen['student_change']:.2g} of their norm. Add TeacherUpdateCallback to the Trainer, with pairs that "
-            "name this teacher, and a momentum below 1"
+            "teacher does not follow: its weights are bitwise what they were, while the student's have moved. Add "
+            "TeacherUpdateCallback to the Trainer, with pairs that name this teacher, and a momentum below 1"
         )
     return None
 
@@ -76,8 +75,8 @@ def _one_hot(seen: Mapping[str, float]) -> str | None:
         return (
             f"one-hot collapse: all images get the same prototype (effective number {seen['prototypes_effective']:.2f} "
             f"of {seen['output_dim']:.0f}, teacher entropy {seen['teacher_entropy']:.3f} nats, KL {seen['kl']:.3f}). "
-            "Check that the center moves (center_momentum below 1, loss.train()) or use centering='sinkhorn'; raise "
-            "the teacher temperature, lower the learning rate, and go on from a checkpoint before it"
+            "Check that the center moves (center_momentum below 1, the loss in train mode) or use "
+            "centering='sinkhorn', raise the teacher temperature (teacher_temp), and go on from a checkpoint of before"
         )
     return None
 
@@ -85,10 +84,11 @@ def _one_hot(seen: Mapping[str, float]) -> str | None:
 def _uniform(seen: Mapping[str, float]) -> str | None:
     if seen["teacher_entropy_per_lnK"] > UNIFORM and seen["student_entropy_per_lnK"] > UNIFORM:
         return (
-            f"uniform teacher: its entropy is {seen['teacher_entropy']:.4f} nats, {seen['teacher_entropy_per_lnK']:.3f} "
-            "of ln K, and the student agrees, so that the loss stays at ln K and nothing is learnt. Lower the teacher "
-            "temperature (0.04 is safe; above 0.07 often ends here), check that teacher and student are not the same "
-            "object and that views differ; in the first epochs, wait for the end of the learning rate's warm-up"
+            f"uniform teacher: its entropy is {seen['teacher_entropy']:.4f} nats, "
+            f"{seen['teacher_entropy_per_lnK']:.3f} ln K, and the student agrees, so that the loss stays at ln K and "
+            "nothing is learnt. Lower the teacher temperature (teacher_temp; the authors begin with 0.04), and check "
+            "that teacher and student are not the same object. In the first epochs it may pass by itself, once the "
+            "learning rate has warmed up"
         )
     return None
 
@@ -96,9 +96,9 @@ def _uniform(seen: Mapping[str, float]) -> str | None:
 def _low_rank(seen: Mapping[str, float]) -> str | None:
     if seen["rankme"] < LOW_RANK:
         return (
-            f"dimensional collapse: the embeddings have an effective rank (RankMe) of {seen['rankme']:.2f}, so that they "
-            "lie on a line. Check that the images differ after normalisation, lower learning rate and weight decay, "
-            "use batch norm in the head or a backbone with normalisation"
+            f"dimensional collapse: the effective rank of the embeddings (RankMe) is {seen['rankme']:.2f}: they all "
+            "point in much the same direction. Check that the images differ after normalisation, lower the learning "
+            "rate, or use batch norm in the head"
         )
     return None
 

@@ -9,15 +9,15 @@ No label is used in training; the labels of 1,400 images vote on the 397 held-ou
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
 from augment import digit_views
 from data import ResumableLoader
 from dino_module import DINO
-from evaluate import KNN, TeacherEntropy, extract, knn_accuracy, plot_report
 from interrupt import StopAtBatchEnd, check_readable, checkpoints
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
@@ -26,11 +26,18 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import dino_head
 from dino_head import DINOLoss, DINOProjectionHead
-from dino_head.callbacks import FreezeLastLayerCallback, TeacherUpdateCallback
+from dino_head.callbacks import (
+    CollapseMonitorCallback,
+    FreezeLastLayerCallback,
+    KNNProbeCallback,
+    ReportCallback,
+    TeacherUpdateCallback,
+)
+from dino_head.metrics import KNNAccuracy
 
 Labelled = tuple[Tensor, Tensor]
 
@@ -56,6 +63,11 @@ class Digits(LightningDataModule):
         """Shuffled, anew in each epoch."""
         assert self.trainer is not None
         return ResumableLoader(TensorDataset(*digits()[0]), self.batch_size, self.trainer, self.seed)
+
+    def knn_dataloaders(self) -> tuple[DataLoader[Any], DataLoader[Any]]:
+        """Training images that vote on the held-out ones, for KNNProbeCallback and ReportCallback."""
+        train, test = (DataLoader(TensorDataset(*labelled), batch_size=256) for labelled in digits())
+        return train, test
 
 
 def conv_net() -> nn.Sequential:
@@ -122,24 +134,36 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@torch.no_grad()
+def knn_top1(features: Callable[[Tensor], Tensor], size: int = 16) -> float:
+    """Accuracy of the labels that the ten nearest of 1,400 training images vote for the held-out ones."""
+    (train, labels), (test, test_labels) = digits(size)
+    accuracy = KNNAccuracy(features(train), labels, k=10)
+    accuracy.update(features(test), test_labels)
+    return round(accuracy.compute().item(), 4)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, evaluate, and write summary and report."""
+    """Train, and write summary and report."""
     args = parse(arguments)
     seed_everything(args.seed, workers=True, verbose=False)
-    train, test = digits()
     model, data = build(args.prototypes, args.seed), Digits(args.batch_size, args.seed)
-    (raw_train, raw_labels), (raw_test, raw_test_labels) = digits(size=8)
-    knn_raw = knn_accuracy(raw_train.flatten(1), raw_labels, raw_test.flatten(1), raw_test_labels)
-    knn_untrained = knn_accuracy(extract(model, train[0]), train[1], extract(model, test[0]), test[1])
-    freeze, timer = FreezeLastLayerCallback(), Timer()
+    untrained = knn_top1(model.eval())
+    freeze, probe, monitor, timer = (
+        FreezeLastLayerCallback(),
+        KNNProbeCallback(k=10, every_n_epochs=5),
+        CollapseMonitorCallback(every_n_steps=10),
+        Timer(),
+    )
     trainer = Trainer(
         max_epochs=args.epochs,
         gradient_clip_val=3.0,
         callbacks=[
             freeze,
             TeacherUpdateCallback(base_momentum=0.98),
-            KNN(train, test),
-            TeacherEntropy(),
+            monitor,
+            probe,
+            ReportCallback(args.out),
             timer,
             ModelCheckpoint(args.out / "checkpoints", filename="last", enable_version_counter=False),
             StopAtBatchEnd(args.out / "checkpoints" / "interrupted.ckpt"),
@@ -147,13 +171,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         logger=CSVLogger(args.out, name="metrics"),
         log_every_n_steps=1,
     )
-    trainer.fit(model, data, ckpt_path=checkpoints(args.out)[-1] if args.resume else None)
+    trainer.fit(model.train(), data, ckpt_path=checkpoints(args.out)[-1] if args.resume else None)
 
-    features = extract(model, test[0])
     summary = {
-        "knn_top1": round(knn_accuracy(extract(model, train[0]), train[1], features, test[1]), 4),
-        "knn_top1_raw_pixels": round(knn_raw, 4),
-        "knn_top1_untrained": round(knn_untrained, 4),
+        "knn_top1": round(probe.history[-1]["top1"], 4),
+        "knn_top1_raw_pixels": knn_top1(lambda images: images.flatten(1), size=8),
+        "knn_top1_untrained": untrained,
+        "diagnoses": monitor.diagnoses,
         "seconds": round(timer.time_elapsed("train"), 1),
         "seed": args.seed,
         "freeze": freeze.receipt,
@@ -165,7 +189,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         },
     }
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2))
-    plot_report(args.out / "report.png", args.out / "metrics", features, test[1], args.prototypes, knn_raw)
     print(json.dumps(summary, indent=2))
 
 

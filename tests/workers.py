@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from dino_head import DINOLoss, DINOProjectionHead, dino_loss
+from dino_head.metrics import DINOStatistics, KNNAccuracy, RankMe
 
 
 def run(work: Callable[[int, Path], Any], folder: Path, processes: int = 2) -> list[Any]:
@@ -91,3 +92,17 @@ def head_loss(head: DINOProjectionHead, views: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         teacher = head.factored_logits(views[:2].flip(0))
     return dino_loss(teacher, head.factored_logits(views))
+
+
+def measure(part: slice, folder: Path) -> dict[str, Any]:
+    """All metrics of some of the samples."""
+    teacher, student, voters, (features, labels) = torch.load(folder / "input.pt", weights_only=False)
+    statistics, rank, knn = DINOStatistics(24), RankMe(6), KNNAccuracy(*voters)
+    statistics.update(teacher.logits()[:, part], student.logits()[:, part])
+    rank.update(features[part])
+    knn.update(features[part], labels[part])
+    return {**statistics.compute(), "rank": rank.compute(), "knn": knn.compute()}
+
+
+def metrics_of_my_samples(rank: int, folder: Path) -> dict[str, Any]:
+    return measure(slice(0, 2) if rank == 0 else slice(2, None), folder)

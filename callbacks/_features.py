@@ -1,0 +1,192 @@
+"""Features of labelled data in the middle of training, without a trace in it.
+
+Sizes: N samples, D features.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, DistributedSampler
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+Loaders = tuple[Iterable[Any], Iterable[Any]]
+
+
+class Labelled(NamedTuple):
+    """Features (N, D), labels (N,), and groups (N,) if the batches have them."""
+
+    features: Tensor
+    labels: Tensor
+    groups: Tensor | None
+
+
+@contextmanager
+def evaluation(pl_module: LightningModule) -> Iterator[None]:
+    """Evaluation mode without gradients; modes and random states are afterwards what they were.
+
+    Inside, random numbers are the same each time and in each process.
+    """
+    modes = [(module, module.training) for module in pl_module.modules()]
+    error = None
+    with isolate_rng():  # leaves the random states alone when an error passes through it
+        try:
+            torch.manual_seed(0)
+            pl_module.eval()
+            with torch.no_grad():
+                yield
+        except Exception as raised:
+            error = raised
+        finally:
+            for module, mode in modes:
+                module.training = mode
+    if error is not None:
+        raise error
+
+
+def labelled_loaders(trainer: Trainer, train: Iterable[Any] | None, test: Iterable[Any] | None, user: str) -> Loaders:
+    """Those given, else the datamodule's.
+
+    They are what its `knn_dataloaders()` gives, if it has such a method, else train_dataloader() and val_dataloader(),
+    or test_dataloader().
+    """
+    if train is not None and test is not None:
+        return train, test
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if hasattr(data, "knn_dataloaders"):
+        of_train, of_test = data.knn_dataloaders()
+        return (of_train if train is None else train), (of_test if test is None else test)
+    has_val = data is not None and is_overridden("val_dataloader", data)
+    names = ("train_dataloader", "val_dataloader" if has_val else "test_dataloader")
+    wanted = [name for name, given in zip(names, (train, test), strict=True) if given is None]
+    missing = [name for name in wanted if data is None or not is_overridden(name, data)]
+    if missing:
+        raise MisconfigurationException(
+            f"{user} needs labelled data, and there is no datamodule with knn_dataloaders or {' and '.join(missing)}: "
+            "give it two loaders of batches (inputs, labels), train=... and test=..."
+        )
+    of_train, of_test = (
+        getattr(data, name)() if given is None else given for name, given in zip(names, (train, test), strict=True)
+    )
+    return of_train, of_test
+
+
+def some_batches(loader: Iterable[Any], max_samples: int, rank: int = 0, world: int = 1) -> Iterator[Any]:
+    """A process's share of at most about `max_samples` samples: whole batches, spread evenly over the loader.
+
+    Of an iterable without indices the first ones are taken. A generator of the loader's own is afterwards what it was.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if isinstance(sampler, DistributedSampler):  # a share already
+        max_samples, rank, world = max(1, max_samples // world), 0, 1
+    owned = [getattr(source, "generator", None) for source in (loader, sampler)]
+    generators = [generator for generator in owned if isinstance(generator, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(0)
+    try:
+        if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
+            batches = list(loader.batch_sampler)  # of indices
+            count = max(1, int(len(batches) * min(1.0, max_samples / max(1, sum(map(len, batches))))))
+            chosen = [batches[int(i)] for i in torch.linspace(0, len(batches) - 1, count)] if batches else []
+            yield from _load(loader, chosen[rank::world])
+        else:
+            taken = 0
+            for index, batch in enumerate(loader):
+                if taken >= max_samples:
+                    break
+                taken += len(batch[0])
+                if index % world == rank:
+                    yield batch
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _load(loader: DataLoader[Any], batches: list[list[int]]) -> Iterable[Any]:
+    options = {
+        name: getattr(loader, name)
+        for name in ("num_workers", "collate_fn", "pin_memory", "worker_init_fn", "multiprocessing_context", "timeout")
+    }
+    return DataLoader(loader.dataset, batch_sampler=batches, **options) if batches else ()
+
+
+def features_of(pl_module: LightningModule, trainer: Trainer, module: nn.Module, inputs: Any) -> Tensor:
+    """Inputs of a batch -> features (B, D) in float32, under the Trainer's precision.
+
+    Raises:
+        ValueError: an output that is not (B, D).
+    """
+    with trainer.precision_plugin.forward_context():
+        features = module(move_data_to_device(inputs, pl_module.device))
+    if not isinstance(features, Tensor) or features.dim() != 2:
+        given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(f"features (B, D) are needed, and the module gives {given}: name one that pools its output")
+    return features.float()
+
+
+def split(batch: Any) -> tuple[Any, Tensor, Tensor | None]:
+    """A batch -> inputs, labels and groups.
+
+    Raises:
+        ValueError: no labels.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+        size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise ValueError(
+            f"labels are missing: batches must be (inputs, labels) or (inputs, labels, groups), got a "
+            f"{type(batch).__name__}{size}"
+        )
+    inputs, *targets = batch
+    for values in targets:
+        if not isinstance(values, Tensor) or values.dim() != 1 or values.is_floating_point():
+            given = f"{tuple(values.shape)} in {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"labels and groups must be tensors of integers (B,), got {given}")
+    return inputs, targets[0], targets[1] if len(targets) == 2 else None
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether all processes have to run the module together."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
+
+
+def extract(
+    trainer: Trainer, pl_module: LightningModule, module: nn.Module, loader: Iterable[Any], max_samples: int
+) -> Labelled:
+    """Features of labelled data, the work divided among the processes and the result the same in all of them.
+
+    Raises:
+        ValueError: in all processes, whatever went wrong in any: no batch, no labels, other outputs than (B, D).
+    """
+    rank, world = (0, 1) if is_sharded(module) else (trainer.global_rank, trainer.world_size)
+    features, targets, error = [], [], None
+    try:
+        for batch in some_batches(loader, max_samples, rank, world):
+            inputs, labels, groups = split(batch)
+            features.append(features_of(pl_module, trainer, module, inputs))
+            targets.append(torch.stack([labels] if groups is None else [labels, groups], dim=1).to(pl_module.device))
+    except ValueError as raised:
+        error = raised
+    if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
+        raise error or ValueError("another process could not take its features")
+    nothing = torch.empty(0, 0, device=pl_module.device)
+    everything = [
+        torch.cat([part for part in _gathered(torch.cat(mine) if mine else empty, world) if len(part)] or [empty])
+        for mine, empty in ((features, nothing), (targets, nothing.long()))
+    ]
+    if not len(everything[0]):
+        raise ValueError("there is no data: the loader gave no batch")
+    labels, *groups_if_any = everything[1].unbind(dim=1)
+    return Labelled(everything[0], labels, groups_if_any[0] if groups_if_any else None)
+
+
+def _gathered(mine: Tensor, world: int) -> list[Tensor]:
+    return gather_all_tensors(mine) if world > 1 else [mine]

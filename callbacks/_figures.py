@@ -1,0 +1,198 @@
+"""The report's figures, drawn by matplotlib without a window or any global state.
+
+Sizes: N samples, k neighbours, h and w patches.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib import colormaps, image
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from dino_head._neighbours import nearest
+from dino_head.callbacks._pictures import Samples, as_colours, attention_maps, patch_tokens, principal_components
+
+History = Sequence[dict[str, float]]
+
+GREY, RIGHT, WRONG = "0.45", "tab:green", "tab:red"
+SCHEDULES = {
+    "learning_rate": "learning rate",
+    "weight_decay": "weight decay",
+    "teacher_temp": "teacher temperature",
+    "teacher_momentum": "teacher momentum",
+}
+MOST_CLASSES = 20  # with a colour and a name each
+SHOWN, NEIGHBOURS = 6, 6  # held-out images, and neighbours of each
+
+
+class Drawn(NamedTuple):
+    """A figure and what is said of it."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def draw(
+    looks: History, probes: History, train: Samples | None, test: Samples | None, module: nn.Module | None
+) -> list[Drawn]:
+    """All figures for which there is something to draw."""
+    drawn = []
+    if looks or probes or test is not None:
+        caption = "The student cannot lower the teacher's entropy: it learns in the KL. At ln K the teacher is uniform."
+        drawn.append(Drawn("overview", "Course of the run", caption if looks else "", overview(looks, probes, test)))
+    if train is not None and test is not None and train.pictures is not None and test.pictures is not None:
+        caption = "Held-out images (left) and the training images nearest to them, with their cosine similarity."
+        if train.labels is not None and test.labels is not None:
+            caption += " Green frames: the same label; red: another."
+        drawn.append(Drawn("neighbours", "Nearest neighbours", caption, neighbours(train, test)))
+    if test is not None and test.pictures is not None and test.inputs is not None:
+        tokens, attention = patch_tokens(module, test.inputs), attention_maps(module, test.inputs)
+        if tokens is not None or attention is not None:
+            caption = (
+                "Patch tokens: their first three principal components as red, green and blue. Attention: the class "
+                "token's, mean over the heads."
+            )
+            figure = patches(test.pictures, None if tokens is None else as_colours(tokens), attention)
+            drawn.append(Drawn("patches", "What the patches say", caption, figure))
+    return drawn
+
+
+def read(file: Path) -> Any:
+    """Pixels (H, W, 3 or 4) of a PNG file."""
+    return image.imread(file)
+
+
+def overview(looks: History, probes: History, test: Samples | None) -> Figure:
+    """Loss, rank and kNN, schedules, and a map of held-out features: whatever there is."""
+    panels: list[Any] = []
+    if looks:
+        panels.append(lambda figure, spec: _loss(figure.add_subplot(spec), looks))
+    if looks or probes:
+        panels.append(lambda figure, spec: _quality(figure.add_subplot(spec), looks, probes))
+    if looks:
+        panels.append(lambda figure, spec: _schedules(figure, spec, looks))
+    if test is not None:
+        components = principal_components(test.features, 2)
+        panels.append(lambda figure, spec: _map(figure.add_subplot(spec), components, test.labels))
+    rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
+    figure = Figure(figsize=(6 * columns, 4.5 * rows), layout="constrained")
+    grid = figure.add_gridspec(max(1, rows), max(1, columns))
+    for index, draw in enumerate(panels):
+        draw(figure, grid[divmod(index, 2)])
+    return figure
+
+
+def neighbours(train: Samples, test: Samples) -> Figure:
+    """A row for each of some held-out images: the image, and its nearest training images."""
+    assert train.pictures is not None
+    assert test.pictures is not None
+    shown = torch.linspace(0, len(test.features) - 1, min(SHOWN, len(test.features))).long().tolist()
+    similarity, indices = nearest(test.features[shown], train.features, min(NEIGHBOURS, len(train.features)))
+    figure = Figure(figsize=(1.2 * (indices.shape[1] + 1), 1.4 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), indices.shape[1] + 1, squeeze=False)
+    for row, sample in enumerate(shown):
+        _show(axes[row, 0], test.pictures[sample], "held out")
+        for column, (value, index) in enumerate(zip(similarity[row].tolist(), indices[row].tolist(), strict=True)):
+            frame = None
+            if train.labels is not None and test.labels is not None:
+                frame = RIGHT if train.labels[index] == test.labels[sample] else WRONG
+            _show(axes[row, column + 1], train.pictures[index], f"{value:.2f}", frame)
+    return figure
+
+
+def patches(images: Tensor, colours: Tensor | None, attention: Tensor | None) -> Figure:
+    """A column an image (N, H, W, 3), over its patches' colours (n, h, w, 3) and attention (n, h, w), where given."""
+    rows = [("image", images), ("patch tokens", colours), ("attention", attention)]
+    given = [(name, values) for name, values in rows if values is not None]
+    count = min(len(values) for _, values in given)
+    figure = Figure(figsize=(1.8 * count + 0.4, 1.8 * len(given)), layout="constrained")
+    axes = figure.subplots(len(given), count, squeeze=False)
+    for row, (name, values) in enumerate(given):
+        for column in range(count):
+            _show(axes[row, column], values[column])
+        axes[row, 0].set_ylabel(name)
+    return figure
+
+
+def _loss(axis: Axes, looks: History) -> None:
+    steps, loss, entropy = (_column(looks, name) for name in ("step", "loss", "teacher_entropy"))
+    limit = looks[-1]["loss"] / looks[-1]["loss_per_lnK"] if looks[-1]["loss_per_lnK"] else math.nan
+    axis.fill_between(steps, entropy, color="tab:blue", alpha=0.25, linewidth=0, label="teacher entropy")
+    axis.fill_between(steps, entropy, loss, color="tab:orange", alpha=0.4, linewidth=0, label="KL")
+    axis.plot(steps, loss, color="black", linewidth=1.2, label="loss", **_marker(steps))
+    axis.axhline(limit, color=GREY, linestyle="--", label=f"ln K = {limit:.2f}: uniform")
+    axis.set(title="The loss is teacher entropy + KL", ylabel="nats", xlabel="optimizer steps", ylim=(0, None))
+    axis.legend(loc="best", frameon=False, fontsize="small")
+
+
+def _quality(axis: Axes, looks: History, probes: History) -> None:
+    axis.set(xlabel="optimizer steps")
+    if probes:
+        steps = _column(probes, "step")
+        percent = [100 * value for value in _column(probes, "top1")]
+        axis.plot(steps, percent, color="tab:green", label="kNN accuracy", **_marker(steps))
+        axis.annotate(f"{percent[-1]:.1f}%", (steps[-1], percent[-1]), (0, -14), textcoords="offset points", ha="right")
+        axis.set_ylabel("kNN accuracy, %", color="tab:green")
+    if looks:
+        other = axis.twinx() if probes else axis
+        steps = _column(looks, "step")
+        other.plot(steps, _column(looks, "rankme"), color="tab:purple", label="RankMe", **_marker(steps))
+        other.set_ylabel("RankMe of the embeddings", color="tab:purple")
+        other.set_ylim(bottom=0)
+    names = ["kNN accuracy"] * bool(probes) + ["effective rank"] * bool(looks)
+    axis.set_title(" and ".join(names))
+
+
+def _schedules(figure: Figure, spec: Any, looks: History) -> None:
+    names = [name for name in SCHEDULES if name in looks[-1]]
+    grid = spec.subgridspec(len(names), 1, hspace=0.08)
+    for index, name in enumerate(names):
+        axis = figure.add_subplot(grid[index])
+        known = [look for look in looks if name in look]
+        axis.plot(_column(known, "step"), _column(known, name), color="tab:blue")
+        axis.margins(y=0.25)
+        axis.set_title(SCHEDULES[name], loc="left", fontsize="small", pad=3)
+        axis.tick_params(labelsize="small", labelbottom=index == len(names) - 1)
+        axis.yaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
+    axis.set_xlabel("optimizer steps")
+
+
+def _map(axis: Axes, components: Tensor, labels: Tensor | None) -> None:
+    x, y = components.T.tolist()
+    classes = [] if labels is None else labels.unique().tolist()
+    if labels is None:
+        axis.scatter(x, y, s=12, color="tab:blue", linewidths=0)
+    elif len(classes) > MOST_CLASSES:
+        axis.scatter(x, y, s=12, c=labels.tolist(), cmap="turbo", linewidths=0)
+    else:
+        colours = colormaps["tab10" if len(classes) <= 10 else "tab20"]
+        for index, label in enumerate(classes):
+            chosen = components[labels == label]
+            axis.scatter(
+                chosen[:, 0].tolist(), chosen[:, 1].tolist(), s=12, color=colours(index), label=str(label), linewidths=0
+            )
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="label", fontsize="small")
+    axis.set(title="Held-out features, principal components", xticks=[], yticks=[], xlabel="first", ylabel="second")
+
+
+def _show(axis: Axes, picture: Tensor, title: str = "", frame: str | None = None) -> None:
+    axis.imshow(torch.as_tensor(picture).numpy(), vmin=0 if picture.dim() == 3 else None)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize="small", pad=3)
+    for spine in axis.spines.values():
+        spine.set(visible=frame is not None, edgecolor=frame, linewidth=2.5)
+
+
+def _column(history: History, name: str) -> list[float]:
+    return [row[name] for row in history]
+
+
+def _marker(values: Sequence[float]) -> dict[str, Any]:
+    return {"marker": "."} if len(values) < 20 else {}

@@ -1,0 +1,342 @@
+import csv
+import math
+import warnings
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from toy import rules, trainer
+from views import TinyDINO, tiny_dino, view_loader
+
+from dino_head import DINOLoss, DINOProjectionHead
+from dino_head.callbacks import CollapseMonitorCallback, TeacherUpdateCallback
+from dino_head.metrics import DINOStatistics, RankMe
+
+NEVER = {"patience": 1000}  # no diagnosis in a short run
+
+
+def fit(module, *callbacks, data=None, **options):
+    run = trainer(*callbacks, **options)
+    run.fit(module, data or view_loader())
+    return run
+
+
+def seeded(**options):
+    torch.manual_seed(0)
+    return tiny_dino(**options)
+
+
+class Oracle(Callback):
+    """What the metrics say of batches 0, 3, 6, ..., from all that the loss was called with."""
+
+    def __init__(self):
+        self.calls, self.expected, self.usage = [], [], DINOStatistics(16)
+
+    def on_train_start(self, trainer, pl_module):
+        def note(loss, arguments):
+            self.calls.append((*arguments, loss.center.clone()))
+
+        pl_module.loss.register_forward_pre_hook(note)
+
+    def on_train_end(self, trainer, pl_module):
+        for teacher, student, epoch, center in self.calls[::3]:
+            options = {"center": center, "teacher_temp": pl_module.loss.temperature(epoch), "student_temp": 0.1}
+            statistics, rank = DINOStatistics(16), RankMe(4)
+            statistics.update(teacher, student, **options)
+            self.usage.update(teacher, student, **options)
+            rank.update(teacher.z)
+            values = {**statistics.compute(), "rankme": rank.compute()}
+            values |= {name: value for name, value in self.usage.compute().items() if name.startswith("prototypes")}
+            self.expected.append({name: value.item() for name, value in values.items()})
+
+
+@pytest.mark.parametrize("callbacks", [rules, list], ids=["with the rules", "alone"])
+def test_every_third_batch_is_measured_as_the_metrics_say(callbacks):
+    """Alone, the center moves at the end of each call: that before it is what counts."""
+    module, monitor, oracle = seeded(), CollapseMonitorCallback(3, **NEVER), Oracle()
+    module.loss = DINOLoss(16, center_momentum=0.1, warmup_teacher_temp_epochs=3)
+    fit(module, monitor, oracle, *callbacks())
+    assert [(look["epoch"], look["step"]) for look in monitor.history] == [(0, 1), (0, 4), (1, 7), (2, 10)]
+    for look, expected in zip(monitor.history, oracle.expected, strict=True):
+        names = set(expected) - {"rows", "output_dim"}
+        assert {name: look[name] for name in names} == pytest.approx({name: expected[name] for name in names})
+    assert [look["teacher_temp"] for look in monitor.history] == pytest.approx([0.04, 0.04, 0.055, 0.07])
+    assert {look["student_temp"] for look in monitor.history} == {0.1}
+
+
+class ByLogits(TinyDINO):
+    """Calls the loss with logits, by names, and without an epoch."""
+
+    def training_step(self, batch, batch_idx):
+        views = self.views(batch, batch_idx)
+        student = self.outputs(self.student, views).logits()
+        teacher = self.outputs(self.teacher, views[:2]).logits()
+        return self.loss(student_out=list(student), teacher_out=teacher, teacher_temp=0.05)
+
+
+def test_logits_and_keywords_are_understood():
+    factored, logits = CollapseMonitorCallback(1, **NEVER), CollapseMonitorCallback(1, **NEVER)
+    module = seeded()
+    module.loss = DINOLoss(16, 0.05, 0.05)
+    fit(module, factored, max_steps=3)
+    module = seeded()
+    module.__class__ = ByLogits
+    fit(module, logits, max_steps=3)
+    for one, other in zip(factored.history, logits.history, strict=True):
+        assert one.pop("rankme") >= 1 <= other.pop("rankme")  # of z and of logits
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_sinkhorn_targets_are_measured_as_they_are():
+    module, monitor = seeded(), CollapseMonitorCallback(1, **NEVER)
+    module.loss = DINOLoss(16, centering="sinkhorn")
+    losses = []
+    module.loss.register_forward_hook(lambda *arguments: losses.append(arguments[-1].item()))
+    fit(module, monitor, *rules())
+    assert [look["loss"] for look in monitor.history] == pytest.approx(losses, rel=1e-5)
+
+
+def run_with_dropout(*callbacks):
+    """Weights after a run in which shuffling, views and dropout are random."""
+    module = seeded()
+    for side in (module.student, module.teacher):
+        side["backbone"] = nn.Sequential(side["backbone"], nn.Dropout(0.2))
+    module.augment = lambda images: [images + 0.1 * torch.randn_like(images) for _ in range(3)]
+    data = torch.utils.data.DataLoader(view_loader().dataset, batch_size=4, shuffle=True)
+    torch.manual_seed(1)
+    fit(module, *rules(), *callbacks, data=data)
+    return module.state_dict(), torch.rand(1)
+
+
+def test_training_is_bitwise_the_same_without_it():
+    torch.testing.assert_close(
+        run_with_dropout(), run_with_dropout(CollapseMonitorCallback(2, **NEVER)), rtol=0, atol=0
+    )
+
+
+def test_values_reach_loggers_checkpoints_and_the_bar(tmp_path):
+    module, monitor = seeded(), CollapseMonitorCallback(2, **NEVER)
+    best = ModelCheckpoint(tmp_path, monitor="dino/rankme", mode="max", filename="best")
+    logger = CSVLogger(tmp_path, name="csv")
+    run = fit(module, *rules(), monitor, best, logger=logger, log_every_n_steps=4, enable_checkpointing=True)
+    with (tmp_path / "csv" / "version_0" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["dino/kl"]]
+    assert [int(row["step"]) for row in rows] == [1, 3, 5, 7, 9, 11]
+    assert [float(row["dino/rankme"]) for row in rows] == pytest.approx([look["rankme"] for look in monitor.history])
+    last_of_epochs = [look["rankme"] for look in monitor.history[1::2]]
+    assert best.best_model_score.item() == pytest.approx(max(last_of_epochs))
+    assert run.progress_bar_metrics.keys() >= {"loss", "dino/loss_per_lnK"}
+    assert [name for name in run.progress_bar_metrics if name.startswith("dino/")] == ["dino/loss_per_lnK"]
+    saved = torch.load(best.best_model_path, weights_only=True)["callbacks"]["CollapseMonitorCallback"]
+    assert saved["history"] == monitor.history[: len(saved["history"])]
+    assert saved["receipt"].startswith("watched ")
+
+
+def test_early_stopping_can_watch_the_rank():
+    stop = EarlyStopping("dino/rankme", mode="max", patience=1, min_delta=100)
+    run = fit(seeded(), CollapseMonitorCallback(2, **NEVER), stop, max_epochs=9)
+    assert run.current_epoch == 2
+
+
+def test_nothing_is_left_on_the_loss_between_looks():
+    class Hooks(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            seen.append(len(pl_module.loss._forward_pre_hooks))
+
+    seen = []
+    fit(seeded(), CollapseMonitorCallback(2, **NEVER), Hooks())
+    assert seen == [0] * 12
+
+
+def test_a_run_that_ends_in_an_error_leaves_no_hook():
+    class Fail(Callback):
+        def on_after_backward(self, trainer, pl_module):
+            raise RuntimeError("enough")
+
+    module = seeded()
+    with pytest.raises(RuntimeError, match="enough"):
+        fit(module, CollapseMonitorCallback(**NEVER), Fail())
+    assert not module.loss._forward_pre_hooks
+
+
+def test_accumulation_is_looked_at_by_batches():
+    monitor = CollapseMonitorCallback(3, **NEVER)
+    fit(seeded(), *rules(), monitor, accumulate_grad_batches=2)
+    assert [look["step"] for look in monitor.history] == [0, 2, 3, 5]
+
+
+def test_a_resumed_run_goes_on_with_its_history(tmp_path):
+    whole = CollapseMonitorCallback(3, **NEVER)
+    fit(seeded(), *rules(), whole)
+    first, second = CollapseMonitorCallback(3, **NEVER), CollapseMonitorCallback(3, **NEVER)
+    save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    fit(seeded(), *rules(), first, save, enable_checkpointing=True)
+    run = trainer(*rules(), second)
+    run.fit(seeded(), view_loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert [look["step"] for look in second.history] == [1, 4, 7, 10]
+    for one, other in zip(whole.history, second.history, strict=True):
+        usage = {"prototypes_used", "prototypes_effective"}  # of the looks since it went on
+        assert {name: one[name] for name in one if name not in usage} == pytest.approx(
+            {name: other[name] for name in other if name not in usage}
+        )
+
+
+def test_a_second_fit_begins_anew():
+    monitor = CollapseMonitorCallback(4, **NEVER)
+    fit(seeded(), monitor)
+    fit(seeded(), monitor)
+    assert len(monitor.history) == 3
+
+
+def test_the_history_of_a_long_run_is_thinned(monkeypatch):
+    monkeypatch.setattr("dino_head.callbacks.collapse_monitor.MOST_LOOKS", 4)
+    monitor = CollapseMonitorCallback(1, **NEVER)
+    fit(seeded(), monitor)
+    assert [look["step"] for look in monitor.history] == [1, 5, 9, 12]
+
+
+def test_what_is_scheduled_is_noted():
+    monitor = CollapseMonitorCallback(1, **NEVER)
+    fit(seeded(), *rules(), monitor)
+    momentum = [look["teacher_momentum"] for look in monitor.history]
+    assert momentum[0] == 0.7
+    assert momentum == sorted(momentum)
+    decay = [look["weight_decay"] for look in monitor.history]
+    assert decay == sorted(decay)
+    assert decay[0] == pytest.approx(0.04)
+    assert monitor.history[5]["learning_rate"] > 0
+
+
+def test_the_loss_has_to_be_found_and_called():
+    module = seeded()
+    module.other = DINOLoss(16)
+    with pytest.raises(MisconfigurationException, match=r"got loss=None, and TinyDINO has loss, other: name one"):
+        fit(module, CollapseMonitorCallback())
+    fit(module, CollapseMonitorCallback(loss="loss", **NEVER), max_steps=1)
+    with pytest.raises(MisconfigurationException, match="was not called in a training batch"):
+        fit(module, CollapseMonitorCallback(loss="other"), max_steps=1)
+    module = seeded()
+    module.loss = nn.Identity()
+    with pytest.raises(MisconfigurationException, match="has none: name one of them"):
+        fit(module, CollapseMonitorCallback())
+
+
+@pytest.mark.parametrize("options", [{"every_n_steps": 0}, {"patience": 0}, {"every_n_steps": 2.5}])
+def test_arguments_out_of_range(options):
+    with pytest.raises(ValueError, match="must be an integer >= 1"):
+        CollapseMonitorCallback(**options)
+
+
+# The diagnoses, each forced in a run
+
+
+class Constant(nn.Sequential):
+    """Features that hardly differ."""
+
+    def forward(self, images):
+        return 1 + 1e-3 * super().forward(images)
+
+
+def layers():
+    return nn.Flatten(), nn.Linear(64, 16), nn.GELU(), nn.Linear(16, 16)
+
+
+def dino(output_dim=32, backbone=nn.Sequential, batch_norm=True, noise=0.3, learning_rate=0.01, **loss):
+    torch.manual_seed(0)
+    return TinyDINO(
+        backbone(*layers()),
+        DINOProjectionHead(16, 32, 8, output_dim, batch_norm=batch_norm),
+        DINOLoss(output_dim, **{"warmup_teacher_temp_epochs": 0, "teacher_temp": 0.04, **loss}),
+        lambda images: [images + noise * torch.randn_like(images) for _ in range(2)],
+        learning_rate=learning_rate,
+        warmup_epochs=0,
+    )
+
+
+def watched(module, *callbacks, distinct=128, stop=False):
+    """The monitor of ten epochs of eight batches of some distinct images, the warnings, and the Trainer."""
+    monitor = CollapseMonitorCallback(2, patience=5, stop=stop)
+    images = view_loader(1, distinct).dataset.tensors[0].repeat(128 // distinct, 1, 1, 1)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images), batch_size=16)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        run = fit(module, monitor, *callbacks, data=data, max_epochs=10)
+    return monitor, [str(warning.message) for warning in given], run
+
+
+def follow():
+    return TeacherUpdateCallback(base_momentum=0.9)
+
+
+CASES = {
+    "uniform teacher": lambda: watched(dino(teacher_temp=1.0, batch_norm=False), follow()),
+    "one-hot collapse": lambda: watched(dino(center_momentum=1.0, batch_norm=False), follow()),
+    "dimensional collapse": lambda: watched(dino(backbone=Constant, batch_norm=False), follow()),
+    "dead prototypes": lambda: watched(dino(2048, noise=0.0, learning_rate=1e-4), follow(), distinct=4),
+    "teacher does not follow": lambda: watched(dino()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_collapse_is_named_in_a_warning_once(case):
+    monitor, given, run = CASES[case]()
+    (text,) = [text for text in monitor.diagnoses if text.startswith(f"{case}: ")]
+    assert sum(f": {text}" in warning for warning in given) == 1
+    assert case in monitor.receipt.split("diagnosis: ")[1]
+    assert run.current_epoch == 10
+
+
+def test_a_teacher_whose_momentum_is_1_does_not_follow():
+    monitor, *_ = watched(dino(), TeacherUpdateCallback(base_momentum=1.0))
+    assert monitor.diagnoses[0].startswith("teacher does not follow")
+
+
+class Renamed(TinyDINO):
+    """Sides of other names."""
+
+    def __getattr__(self, name):
+        return super().__getattr__({"student": "net", "teacher": "average"}.get(name, name))
+
+
+@pytest.mark.parametrize(("momentum", "said"), [(1.0, True), (0.9, False)])
+def test_the_pairs_are_those_of_the_teacher_update(momentum, said):
+    module = dino()
+    module.__class__ = Renamed
+    modules = module._modules
+    modules["net"], modules["average"] = modules.pop("student"), modules.pop("teacher")
+    update = TeacherUpdateCallback((("net", "average"),), base_momentum=momentum)
+    monitor, *_ = watched(module, update)
+    assert any(text.startswith("teacher does not follow") for text in monitor.diagnoses) == said
+
+
+def test_a_loss_that_is_flat_because_k_is_large_is_no_warning():
+    monitor, given, run = watched(dino(65536, teacher_temp=0.07, learning_rate=1e-5), follow(), stop=True)
+    (text,) = monitor.diagnoses
+    assert text.startswith("no collapse: the loss of ")
+    assert "because K = 65536 is large" in text
+    assert not [warning for warning in given if "no collapse" in warning]
+    assert run.current_epoch == 10
+
+
+def test_a_healthy_run_gets_no_diagnosis():
+    monitor, given, _ = watched(dino(), follow())
+    assert monitor.diagnoses == []
+    assert monitor.receipt.endswith("diagnosis: none")
+    assert not [warning for warning in given if "collapse" in warning or "teacher" in warning]
+
+
+def test_a_collapse_can_stop_the_run():
+    monitor, _, run = watched(dino(center_momentum=1.0, batch_norm=False), follow(), stop=True)
+    assert len(monitor.diagnoses) == 1
+    assert run.global_step < 40
+
+
+def test_a_loss_that_is_not_finite_is_said_without_the_other_rules():
+    module = dino()
+    module.augment = lambda images: [torch.full_like(images, math.nan)] * 2
+    monitor, *_ = watched(module)
+    assert monitor.diagnoses[0].startswith("not finite: ")

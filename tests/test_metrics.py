@@ -1,0 +1,367 @@
+import math
+import warnings
+
+import pytest
+import torch
+import workers
+from sklearn.neighbors import KNeighborsClassifier
+from torch.nn import functional as F
+from watch import Watch
+
+from dino_head import DINOLoss, FactoredLogits, dino_loss
+from dino_head.metrics import DINOStatistics, KNNAccuracy, RankMe
+
+K, D = 24, 6
+
+
+def sides(samples=5, teacher_views=2, student_views=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    prototypes = torch.randn(K, D, generator=generator)
+    z = [F.normalize(torch.randn(v, samples, D, generator=generator), dim=-1) for v in (teacher_views, student_views)]
+    return FactoredLogits(z[0], prototypes), FactoredLogits(z[1], prototypes + 0.1)
+
+
+def by_definition(teacher, student, center, teacher_temp, student_temp):
+    """Plain loops in float64."""
+    p = ((teacher.double() - center) / teacher_temp).softmax(-1)
+    q = (student.double() / student_temp).softmax(-1)
+    entropies = {"teacher": [], "student": []}
+    divergences, winners = [], set()
+    for b in range(p.shape[1]):
+        for t in range(len(p)):
+            entropies["teacher"].append(-sum(x * math.log(x) for x in p[t, b].tolist()))
+            winners.add(int(p[t, b].argmax()))
+            for s in range(len(q)):
+                if s != t:
+                    pairs = zip(p[t, b].tolist(), q[s, b].tolist(), strict=True)
+                    divergences.append(sum(x * math.log(x / y) for x, y in pairs))
+        entropies["student"] += [-sum(x * math.log(x) for x in q[s, b].tolist()) for s in range(len(q))]
+    mean = p.mean(dim=(0, 1)).tolist()
+    return {
+        "teacher_entropy": sum(entropies["teacher"]) / len(entropies["teacher"]),
+        "student_entropy": sum(entropies["student"]) / len(entropies["student"]),
+        "kl": sum(divergences) / len(divergences),
+        "prototypes_used": len(winners) / K,
+        "prototypes_effective": math.exp(-sum(x * math.log(x) for x in mean)),
+        "rows": p.shape[0] * p.shape[1],
+        "output_dim": K,
+    }
+
+
+OPTIONS = {"center": torch.linspace(-1, 1, K), "teacher_temp": 0.3, "student_temp": 0.5}
+
+
+@pytest.mark.parametrize("kind", ["logits", "lists of logits", "factored"])
+def test_the_statistics_are_what_their_definitions_say(kind):
+    teacher, student = sides()
+    given = {
+        "logits": (teacher.logits(), student.logits()),
+        "lists of logits": (list(teacher.logits()), list(student.logits())),
+        "factored": (teacher, student),
+    }[kind]
+    statistics = DINOStatistics(K)
+    statistics.update(*given, **OPTIONS)
+    expected = by_definition(teacher.logits(), student.logits(), *OPTIONS.values())
+    for name in ("teacher_entropy", "student_entropy"):
+        expected[f"{name}_per_lnK"] = expected[name] / math.log(K)
+    expected["loss"] = expected["teacher_entropy"] + expected["kl"]
+    expected["loss_per_lnK"] = expected["loss"] / math.log(K)
+    values = {name: value.item() for name, value in statistics.compute().items()}
+    assert values == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_entropy_and_kl_are_the_loss(centering):
+    teacher, student = sides()
+    loss = DINOLoss(K, centering=centering)
+    loss(teacher, student)  # moves the center
+    center = loss.center_for(teacher, 0.07).clone()
+    statistics = DINOStatistics(K)
+    statistics.update(teacher, student, center=center, teacher_temp=0.07, student_temp=0.1)
+    values = statistics.compute()
+    expected = loss(teacher, student)
+    torch.testing.assert_close(values["teacher_entropy"] + values["kl"], expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values["loss"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_of_factored_logits_a_bounded_number_of_rows_is_multiplied():
+    teacher, student = sides(samples=41)
+    statistics = DINOStatistics(K, max_rows=60)  # 10 samples of 6 views
+    with Watch() as watch:
+        statistics.update(teacher, student, **OPTIONS)
+    assert watch.largest == 4 * 10 * K
+    chosen = torch.arange(0, 41, 40 / 9).long()  # evenly, the first and the last among them
+    assert chosen.tolist() == [0, 4, 8, 13, 17, 22, 26, 31, 35, 40]
+    of_them = DINOStatistics(K)
+    of_them.update(teacher.logits()[:, chosen], student.logits()[:, chosen], **OPTIONS)
+    torch.testing.assert_close(statistics.compute(), of_them.compute())
+    assert statistics.compute()["rows"] == 20
+
+
+def test_at_least_one_sample_is_taken():
+    statistics = DINOStatistics(K, max_rows=1)
+    statistics.update(*sides())
+    assert statistics.compute()["rows"] == 2
+
+
+def test_large_logits_go_in_blocks():
+    teacher, student = (torch.randn(views, 80, 65536) for views in (2, 2))
+    expected = dino_loss(teacher, student)
+    statistics = DINOStatistics(65536)
+    with Watch() as watch:
+        statistics.update(teacher, student)
+    assert watch.largest * 4 <= 2**25 < teacher.numel() * 4
+    torch.testing.assert_close(statistics.compute()["loss"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_batches_add_up_whatever_their_sizes():
+    teacher, student = (side.logits() for side in sides(samples=9))
+    whole, parts = DINOStatistics(K), DINOStatistics(K)
+    whole.update(teacher, student)
+    for part in (slice(0, 2), slice(2, 9)):
+        parts.update(teacher[:, part], student[:, part])
+    torch.testing.assert_close(whole.compute(), parts.compute())
+    parts.reset()
+    parts.update(teacher[:, :1], student[:, :1])
+    assert parts.compute()["rows"] == 2
+
+
+def test_low_precision_and_autocast_are_measured_in_float32():
+    teacher, student = sides()
+    expected = DINOStatistics(K)
+    expected.update(teacher, student)
+    statistics = DINOStatistics(K)
+    with torch.autocast("cpu", torch.bfloat16):
+        statistics.update(teacher, student)
+    torch.testing.assert_close(statistics.compute(), expected.compute(), rtol=0, atol=0)
+    statistics.reset()
+    statistics.update(teacher.logits().bfloat16(), student.logits().bfloat16())
+    assert statistics.compute()["loss"].dtype == torch.float32
+    torch.testing.assert_close(statistics.compute()["loss"], expected.compute()["loss"], rtol=0.02, atol=0)
+
+
+def test_no_gradient_is_kept():
+    teacher, student = (FactoredLogits(*(t.requires_grad_() for t in side)) for side in sides())
+    statistics = DINOStatistics(K)
+    statistics.update(teacher, student)
+    assert not any(value.requires_grad for value in statistics.metric_state.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(2, 3, 7), torch.zeros(2, 3, 7)), r"made for 24 prototypes \(output_dim\), got 7"),
+        ((torch.zeros(2, 3, K), torch.zeros(2, 4, K)), "must have the same B and K"),
+        ((torch.zeros(2, 0, K), torch.zeros(2, 0, K)), "needs at least one sample"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DINOStatistics(K).update(*arguments)
+
+
+def test_arguments_out_of_range():
+    with pytest.raises(ValueError, match="output_dim must be an integer >= 2"):
+        DINOStatistics(1)
+    with pytest.raises(ValueError, match="max_rows must be an integer >= 1"):
+        DINOStatistics(4, max_rows=0)
+    with pytest.raises(ValueError, match=r"teacher_temp must be a number in \(0, inf\]"):
+        DINOStatistics(K).update(*sides(), teacher_temp=0)
+
+
+# RankMe
+
+
+def rank_by_definition(features):
+    sigma = torch.linalg.svdvals(features.double())
+    p = sigma / sigma.sum() + 1e-7
+    return math.exp(-sum(x * math.log(x) for x in p.tolist() if x > 0))
+
+
+@pytest.mark.parametrize("shape", [(200, 12), (7, 12), (3, 50, 12)])
+def test_rankme_is_the_papers_formula(shape):
+    features = torch.randn(shape) * torch.logspace(0, -3, 12)
+    rank = RankMe(12)
+    for part in features.flatten(end_dim=-2).split(60):
+        rank.update(part)
+    singular = rank_by_definition(features.flatten(end_dim=-2))
+    if shape == (7, 12):  # the sum of the definition has min(N, D) terms; ours has D, of which 5 are 1e-7
+        singular *= math.exp(-5 * 1e-7 * math.log(1e-7))
+    assert rank.compute().item() == pytest.approx(singular, rel=1e-5)
+
+
+def test_one_direction_has_rank_1_also_in_many_dimensions():
+    rank = RankMe(512)
+    rank.update(torch.randn(1000, 1) * torch.randn(512))
+    assert rank.compute() == pytest.approx(1, abs=2e-3)
+
+
+def test_rankme_refuses_what_it_cannot_measure():
+    rank = RankMe(4)
+    with pytest.raises(ValueError, match=r"made for features \(..., 4\) \(num_features\), got \(2, 5\)"):
+        rank.update(torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="1 of 2 features hold NaN or inf"):
+        rank.update(torch.tensor([[0.0, 1, 2, 3], [0, 1, 2, math.inf]]))
+    with pytest.raises(ValueError, match="num_features must be an integer >= 1"):
+        RankMe(0)
+
+
+# kNN
+
+
+def clusters(samples=120, classes=(3, 7, -2), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.tensor(classes)[torch.randint(len(classes), (samples,), generator=generator)]
+    centers = torch.randn(100, D, generator=torch.Generator().manual_seed(9))
+    return centers[labels] + 1.3 * torch.randn(samples, D, generator=generator), labels
+
+
+def vote_by_hand(voters, labels, sample, k, temperature, excluded=()):
+    """The definition, one sample at a time, in float64."""
+    similarity = [(float(F.cosine_similarity(sample.double(), v.double(), dim=0)), i) for i, v in enumerate(voters)]
+    nearest = sorted((s, i) for s, i in similarity if i not in excluded)[-k:]
+    votes = {}
+    for s, i in nearest:
+        votes[int(labels[i])] = votes.get(int(labels[i]), 0) + math.exp(s / temperature)
+    return max(votes, key=votes.get)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (5, 0.07), (20, 0.07), (120, 0.07), (20, 1.0), (20, 0.001)])
+def test_knn_equals_brute_force(k, temperature):
+    voters, labels = clusters()
+    samples, truth = clusters(60, seed=1)
+    knn = KNNAccuracy(voters, labels, k, temperature, chunk_bytes=7 * 4 * len(voters))
+    for part in torch.arange(60).split(25):
+        knn.update(samples[part], truth[part])
+    # exp(1 / 0.001) overflows also in float64; the nearest alone decides there
+    of_each = [vote_by_hand(voters, labels, sample, k, max(temperature, 0.002)) for sample in samples]
+    expected = sum(vote == int(label) for vote, label in zip(of_each, truth, strict=True)) / 60
+    assert 0.4 < expected < 0.95
+    assert knn.compute().item() == pytest.approx(expected)
+
+
+def test_knn_equals_scikit_learn():
+    voters, labels = clusters(400)
+    samples, truth = clusters(200, seed=1)
+    knn = KNNAccuracy(voters, labels, k=20)
+    knn.update(samples, truth)
+
+    def weights(distances):
+        return torch.from_numpy((1 - distances) / 0.07).exp().numpy()
+
+    theirs = KNeighborsClassifier(20, metric="cosine", weights=weights).fit(voters.numpy(), labels.numpy())
+    assert knn.compute().item() == pytest.approx(theirs.score(samples.numpy(), truth.numpy()))
+
+
+def test_neighbours_of_the_own_group_do_not_vote():
+    voters, labels = clusters()
+    samples, truth = clusters(60, seed=1)
+    groups, of_samples = torch.arange(120) % 11, torch.arange(60) % 11
+    knn = KNNAccuracy(voters, labels, 5, groups=groups)
+    knn.update(samples, truth, of_samples)
+    of_each = [
+        vote_by_hand(voters, labels, sample, 5, 0.07, excluded=(groups == group).nonzero().flatten().tolist())
+        for sample, group in zip(samples, of_samples, strict=True)
+    ]
+    expected = sum(vote == int(label) for vote, label in zip(of_each, truth, strict=True)) / 60
+    assert knn.compute().item() == pytest.approx(expected)
+
+
+def test_groups_take_leakage_away():
+    """Features that know the patient and nothing else: leaked labels give 100%, fair ones chance."""
+    patients = torch.arange(40).repeat_interleave(5)
+    labels = torch.randint(2, (40,), generator=torch.Generator().manual_seed(0))[patients]
+    features = torch.eye(40)[patients] + 0.01 * torch.randn(200, 40, generator=torch.Generator().manual_seed(1))
+    leaking, fair = KNNAccuracy(features, labels, 4), KNNAccuracy(features, labels, 4, groups=patients)
+    leaking.update(features, labels)
+    fair.update(features, labels, patients)
+    assert leaking.compute() == 1
+    assert fair.compute() < 0.7
+
+
+def test_a_group_with_fewer_than_k_others_still_gets_a_vote():
+    voters = torch.tensor([[1.0, 0], [0.9, 0.1], [0.0, 1]])
+    knn = KNNAccuracy(voters, torch.tensor([0, 0, 1]), k=3, groups=torch.tensor([5, 5, 6]))
+    knn.update(torch.tensor([[1.0, 0]]), torch.tensor([1]), torch.tensor([5]))
+    assert knn.compute() == 1
+    with pytest.raises(ValueError, match="1 of 1 samples have no neighbour outside of their own group"):
+        KNNAccuracy(voters, torch.tensor([0, 0, 1]), k=3, groups=torch.tensor([5, 5, 5])).update(
+            torch.tensor([[1.0, 0]]), torch.tensor([1]), torch.tensor([5])
+        )
+
+
+def test_similarities_stay_within_their_memory():
+    voters, labels = clusters(1000)
+    samples, truth = clusters(500, seed=1)
+    knn = KNNAccuracy(voters, labels, chunk_bytes=4 * 1000 * 8)
+    with Watch() as watch:
+        knn.update(samples, truth)
+    assert watch.largest == max(1000 * 8, 500 * 20)  # a chunk, or what is found
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": 121}, "k=121 are to vote, but there are only 120 voters"),
+        ({"labels": torch.full((120,), 4)}, "all 120 voters have the label 4"),
+        ({"labels": torch.zeros(120)}, r"voters must have integer labels \(N,\).* got \(120,\) in torch.float32"),
+        ({"labels": torch.zeros(119, dtype=torch.long)}, "one for each of the 120 features, got .119,."),
+        ({"groups": torch.zeros(3, dtype=torch.long)}, "voters must have integer groups"),
+        ({"features": torch.zeros(0, D)}, "of at least one sample, got .0, 6."),
+        ({"features": torch.full((120, D), math.nan)}, "120 of 120 features of the voters hold NaN or inf"),
+        ({"features": torch.zeros(120, D, 2)}, r"floating-point features \(N, D\)"),
+        ({"k": 0}, "k must be an integer >= 1"),
+        ({"temperature": 0.0}, "temperature must be a number in"),
+        ({"chunk_bytes": 0}, "chunk_bytes must be an integer >= 1"),
+    ],
+)
+def test_voters_that_cannot_vote(change, message):
+    features, labels = clusters()
+    with pytest.raises(ValueError, match=message):
+        KNNAccuracy(**{"features": features, "labels": labels, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(60, 5)}, "features of width 6, got samples of 5"),
+        ({"features": torch.full((60, D), math.inf)}, "60 of 60 features of the samples hold NaN or inf"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, "samples must have integer labels"),
+        ({"groups": torch.zeros(60, dtype=torch.long)}, "the samples have groups and the voters have none"),
+    ],
+)
+def test_samples_that_do_not_fit(change, message):
+    features, labels = clusters(60)
+    knn = KNNAccuracy(*clusters())
+    with pytest.raises(ValueError, match=message):
+        knn.update(**{"features": features, "labels": labels, **change})
+
+
+# All of them
+
+
+def test_two_processes_equal_one(tmp_path):
+    teacher, student = sides(samples=9)
+    torch.save((teacher, student, clusters(), clusters(61, seed=1)), tmp_path / "input.pt")
+    ranks = workers.run(workers.metrics_of_my_samples, tmp_path)
+    one = workers.measure(slice(None), tmp_path)
+    for rank in ranks:
+        torch.testing.assert_close(rank, one)
+
+
+def test_plots():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import matplotlib.pyplot as plt
+    statistics, rank, knn = DINOStatistics(K), RankMe(D), KNNAccuracy(*clusters())
+    statistics.update(*sides())
+    rank.update(clusters()[0])
+    knn.update(*clusters(60))
+    for metric in (statistics, rank, knn):
+        _, axes = metric.plot()
+        assert axes.has_data()
+        _, axes = metric.plot([metric.compute(), metric.compute()])
+        assert len(axes.lines) >= 1
+    _, axes = statistics.plot()
+    assert [line.get_ydata()[0] for line in axes.lines][-1] == pytest.approx(math.log(K))
+    plt.close("all")
