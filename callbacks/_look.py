@@ -33,13 +33,13 @@ class Look:
         """Listen no longer."""
         self._hook.remove()
 
-    def gather(self) -> tuple[DINOStatistics, float]:
-        """Statistics and rank, of all processes, in main memory. All of them have to call it."""
+    def gather(self) -> tuple[dict[str, Tensor], float]:
+        """The sums of the statistics, and the rank, of all processes, in main memory. All of them have to call it."""
         assert self.statistics is not None
         assert self.rank is not None
         self.statistics.sync()
-        self.rank.sync()
-        return self.statistics.cpu(), self.rank.compute().item()
+        sums = {name: value.cpu() for name, value in self.statistics.sums().items()}
+        return sums, self.rank.compute().item()
 
     @torch.no_grad()
     def _measure(self, loss: DINOLoss, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -55,9 +55,8 @@ class Look:
         stride = -(-output_dim(teacher) // MOST_COLUMNS)
         embeddings = teacher[..., ::stride] if isinstance(teacher, Tensor) else teacher.z
         if self.statistics is None:
-            here: dict[str, Any] = {"sync_on_compute": False, "compute_with_cache": False}
-            self.statistics = DINOStatistics(output_dim(teacher), **here).to(embeddings.device)
-            self.rank = RankMe(embeddings.shape[-1], **here).to(embeddings.device)
+            self.statistics = DINOStatistics(output_dim(teacher)).to(embeddings.device)
+            self.rank = RankMe(embeddings.shape[-1]).to(embeddings.device)
         center = loss.center_for(teacher, teacher_temp)
         self.statistics.update(teacher, student, center=center, **self.temperatures)
         if self.rank is not None and embeddings.isfinite().all():  # else the loss tells: it is not finite either

@@ -3,15 +3,17 @@
 from collections import deque
 from typing import Any, NamedTuple
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from dino_head._arguments import check_integer
 from dino_head.callbacks._look import Look, fingerprints, scheduled
 from dino_head.diagnosis import HEALTHY, diagnose
 from dino_head.losses import DINOLoss
-from dino_head.metrics import DINOStatistics
+from dino_head.metrics import statistics_of
 
 MOST_LOOKS = 1000  # that are remembered
 
@@ -19,7 +21,7 @@ MOST_LOOKS = 1000  # that are remembered
 class Seen(NamedTuple):
     """What is kept of a look."""
 
-    statistics: DINOStatistics
+    sums: dict[str, Tensor]  # of its DINOStatistics
     loss: float
     rankme: float
     weights: list[tuple[list[int], list[int]]]
@@ -119,9 +121,9 @@ class CollapseMonitorCallback(Callback):
                 "CollapseMonitorCallback listens to the DINOLoss of the module, but it was not called in a training "
                 "batch: call it as loss(teacher, student), in train mode"
             )
-        statistics, rankme = look.gather()
-        values = {name: value.item() for name, value in statistics.compute().items()}
-        self._recent.append(Seen(statistics, values["loss"], rankme, fingerprints(trainer, pl_module)))
+        sums, rankme = look.gather()
+        values = {name: value.item() for name, value in statistics_of(sums).items()}
+        self._recent.append(Seen(sums, values["loss"], rankme, fingerprints(trainer, pl_module)))
         averages = self._averages(trainer)
         values |= {name: averages[name] for name in ("prototypes_used", "prototypes_effective")}
         values["rankme"] = rankme
@@ -166,11 +168,10 @@ class CollapseMonitorCallback(Callback):
 
     def _averages(self, trainer: Trainer) -> dict[str, float]:
         """Of the last looks, as `diagnose` takes them."""
-        first, *others = self._recent
-        total = first.statistics.clone()
-        for seen in others:
-            total.merge_state(seen.statistics)
-        averages = {name: value.item() for name, value in total.compute().items()}
+        total = {
+            name: torch.stack([seen.sums[name] for seen in self._recent]).sum(dim=0) for name in self._recent[0].sums
+        }
+        averages = {name: value.item() for name, value in statistics_of(total).items()}
         averages["rankme"] = sum(seen.rankme for seen in self._recent) / len(self._recent)
         losses = [seen.loss for seen in self._recent]
         half = len(losses) // 2
@@ -179,7 +180,7 @@ class CollapseMonitorCallback(Callback):
         stands = any(
             students != students_now and teachers == teachers_now
             for (students, teachers), (students_now, teachers_now) in zip(
-                first.weights, self._recent[-1].weights, strict=True
+                self._recent[0].weights, self._recent[-1].weights, strict=True
             )
         )
         averages["teacher_follows"] = float(not trainer.strategy.reduce_boolean_decision(stands, all=False))

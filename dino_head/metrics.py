@@ -123,13 +123,11 @@ class DINOStatistics(_Plotted):
 
     def compute(self) -> dict[str, Tensor]:
         """Means over all samples so far; NaN without any."""
-        limit = math.log(self.output_dim)
-        values = {name: getattr(self, name) / self.samples for name in ("loss", "teacher_entropy", "student_entropy")}
-        values |= {f"{name}_per_lnK": value / limit for name, value in values.items()}
-        values["kl"] = values["loss"] - values["teacher_entropy"]
-        values["prototypes_used"] = (self.wins > 0).float().mean()
-        values["prototypes_effective"] = torch.special.entr(self.assignment / self.rows).sum().exp()
-        return {**values, "rows": self.rows.clone(), "output_dim": torch.tensor(float(self.output_dim))}
+        return statistics_of(self.sums())
+
+    def sums(self) -> dict[str, Tensor]:
+        """The state, for `statistics_of`; those of several batches may be added."""
+        return {name: getattr(self, name) for name in self.metric_state}
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Draw what is in nats, and ln K dashed; see the other metrics' `plot`."""
@@ -155,6 +153,17 @@ class DINOStatistics(_Plotted):
         self.rows += views_t * samples
         self.assignment += total.sum(dim=0)
         self.wins += torch.bincount(log_p.argmax(dim=-1).flatten(), minlength=self.output_dim)
+
+
+def statistics_of(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `DINOStatistics.sums` gives, or the sum of several -> what `compute` gives."""
+    count = len(sums["wins"])
+    values = {name: sums[name] / sums["samples"] for name in ("loss", "teacher_entropy", "student_entropy")}
+    values |= {f"{name}_per_lnK": value / math.log(count) for name, value in values.items()}
+    values["kl"] = values["loss"] - values["teacher_entropy"]
+    values["prototypes_used"] = (sums["wins"] > 0).float().mean()
+    values["prototypes_effective"] = torch.special.entr(sums["assignment"] / sums["rows"]).sum().exp()
+    return {**values, "rows": sums["rows"].clone(), "output_dim": torch.tensor(float(count))}
 
 
 class RankMe(_Plotted):

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,12 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from toy import rules, trainer
 from views import TinyDINO, tiny_dino
 
-from dino_head.callbacks import FreezeLastLayerCallback, TeacherUpdateCallback
+from dino_head.callbacks import (
+    CollapseMonitorCallback,
+    FreezeLastLayerCallback,
+    KNNProbeCallback,
+    TeacherUpdateCallback,
+)
 
 CAN_SHARD = hasattr(torch.cpu.Stream, "record_event")  # fully_shard of older versions of torch needs a GPU
 IMAGES = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -181,6 +187,39 @@ def refusals(folder: Path) -> dict[str, str]:
         and refused(sharded(reshard_teacher=False), data_parallel(), TeacherUpdateCallback()),
         "teacher not sharded": refused(own, data_parallel(), TeacherUpdateCallback()),
     }
+
+
+def samples(count: int, seed: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (count,), generator=generator)
+    return TensorDataset(torch.randn(count, 1, 8, 8, generator=generator) + 0.3 * labels[:, None, None, None], labels)
+
+
+def watched(folder: Path) -> dict[str, list[float]]:
+    """What monitor and probes see in a run: of sharded data, of few batches, and of data without labels."""
+    devices = int(os.environ.get("WORLD_SIZE", 1))
+    train, test = samples(50, seed=1), samples(23, seed=2)
+    own = DistributedSampler(train, devices, int(os.environ.get("RANK", 0)), shuffle=False)
+    probes = [
+        KNNProbeCallback(DataLoader(train, 8, shuffle=True), DataLoader(test, 5), k=5),
+        KNNProbeCallback(DataLoader(train, 8, sampler=own), DataLoader(test, 23), k=5),
+        KNNProbeCallback(DataLoader(samples(50, 1).tensors[0], 8), DataLoader(test, 23), k=5),
+    ]
+    module = seeded()
+    result = {}
+    for index, probe in enumerate(probes):
+        monitor = CollapseMonitorCallback(2, patience=1000)
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            strategy = ddp() if devices > 1 else "auto"
+            run = trainer(*rules(), monitor, probe, devices=devices, strategy=strategy, max_epochs=2)
+            run.fit(module, halves())
+        result[f"top1 {index}"] = [row["top1"] for row in probe.history]
+        result[f"warnings {index}"] = [float(sum("labels are missing" in str(w.message) for w in given))]
+        for name in ("loss", "teacher_entropy", "kl", "rankme", "prototypes_used", "prototypes_effective"):
+            result[f"{name} {index}"] = [look[name] for look in monitor.history]
+        module = seeded()
+    return result
 
 
 class Shuffled(LightningDataModule):
