@@ -16,6 +16,7 @@ test: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/callbacks.py
+	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/objective.py $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -4,6 +4,7 @@
 are used.
 """
 
+from dino_head.diagnosis import diagnose
 from dino_head.functional import dino_loss
 from dino_head.head import DINOProjectionHead, ProjectionHead
 from dino_head.losses import DINOLoss
@@ -20,6 +21,7 @@ __all__ = [
     "FactoredLogits",
     "ProjectionHead",
     "cosine_schedule",
+    "diagnose",
     "dino_loss",
     "multicrop_forward",
     "parameter_groups",

@@ -58,6 +58,24 @@ def test_the_checks_say_what_the_readme_says(mine, capsys):
     assert "an uninterrupted run and one resumed at an epoch's end differ at the end" in printed
 
 
+def test_the_three_watch_and_write_a_page(mine, capsys, tmp_path):
+    exec(block("watching = ["), mine)
+    printed = capsys.readouterr().out
+    names = set(re.findall(r"`((?:dino|knn)/\w+)`", README))
+    assert len(names) == 8
+    assert [name for name in names if name not in printed] == []
+    assert "Nothing is wrong" in (tmp_path / "runs" / "mine" / "report.html").read_text()
+
+
+def test_the_metrics_without_lightning(mine, capsys):
+    exec(block("watching = ["), mine)
+    capsys.readouterr()
+    exec(block("from dino_head.metrics import"), mine)
+    diagnosis, accuracy = capsys.readouterr().out.strip().splitlines()
+    assert diagnosis == "None"
+    assert accuracy.startswith("tensor(0.")
+
+
 def test_a_checkpoint_and_a_folder_of_images_become_features(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["--epochs", "1", "--batch-size", "256", "--prototypes", "16"])  # to the default folder, runs/digits
@@ -76,7 +94,7 @@ def test_a_checkpoint_and_a_folder_of_images_become_features(tmp_path, monkeypat
 
 
 def test_no_python_block_is_left_out():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 8
 
 
 def test_the_table_of_guarantees_names_tests_that_exist():

@@ -37,3 +37,31 @@ def tiny_dino(make_optimizer: Any = None, **options: Any) -> TinyDINO:
 def view_loader(batches: int = 4, batch_size: int = 4) -> DataLoader[Any]:
     images = torch.randn(batches * batch_size, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     return DataLoader(TensorDataset(images, torch.zeros(len(images))), batch_size=batch_size)
+
+
+class TinyViT(nn.Module):
+    """Images (B, C, H, W) -> features (B, 16), with the methods of the authors' models; patches of 4 x 4."""
+
+    patch_size = 4
+
+    def __init__(self, channels: int = 1, registers: int = 0):
+        super().__init__()
+        self.embed = nn.Conv2d(channels, 16, 4, 4)
+        self.extra = nn.Parameter(torch.randn(1, 1 + registers, 16))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.norm = nn.LayerNorm(16)
+
+    def tokens(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        patches = self.embed(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.extra.expand(len(images), -1, -1), patches], dim=1)
+        mixed, attention = self.attention(tokens, tokens, tokens, average_attn_weights=False)
+        return self.norm(tokens + mixed), attention
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.tokens(images)[0][:, 0]
+
+    def get_intermediate_layers(self, images: torch.Tensor, n: int = 1) -> list[torch.Tensor]:
+        return [self.tokens(images)[0]]
+
+    def get_last_selfattention(self, images: torch.Tensor) -> torch.Tensor:
+        return self.tokens(images)[1]

@@ -10,7 +10,14 @@ from torch import nn
 from toy import loader
 
 from dino_head import DINOLoss, DINOProjectionHead
-from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
+from dino_head.callbacks import (
+    CollapseMonitorCallback,
+    FreezeLastLayerCallback,
+    KNNProbeCallback,
+    ReportCallback,
+    ScheduleCallback,
+    TeacherUpdateCallback,
+)
 
 
 class Module(pytorch_lightning.LightningModule):
@@ -33,13 +40,16 @@ class Module(pytorch_lightning.LightningModule):
 @pytest.mark.skipif(
     not RequirementCache("pytorch-lightning>=2.6"), reason="older versions take no callback of lightning.pytorch"
 )
-def test_every_callback_runs_in_it():
+def test_every_callback_runs_in_it(tmp_path):
     module = Module()
     before = copy.deepcopy(module.teacher.state_dict())
     callbacks = [
         FreezeLastLayerCallback(),
         TeacherUpdateCallback(base_momentum=0.5),
         ScheduleCallback("weight_decay", (0.04, 0.4)),
+        CollapseMonitorCallback(5, patience=1000),
+        KNNProbeCallback(loader(), loader(), k=1),
+        ReportCallback(tmp_path),
     ]
     trainer = pytorch_lightning.Trainer(
         accelerator="cpu",
@@ -51,8 +61,11 @@ def test_every_callback_runs_in_it():
         enable_model_summary=False,
     )
     trainer.fit(module, loader())
-    freeze, teacher, schedule = (callback.receipt for callback in callbacks)
+    freeze, teacher, schedule, monitor, probe, report = (callback.receipt for callback in callbacks)
     assert freeze.startswith("student.head.last_layer frozen for 8 optimizer steps, bitwise unchanged")
     assert teacher.startswith("teacher followed student for 12 of 12 optimizer steps")
     assert schedule.endswith("in 12 of 12 optimizer steps")
+    assert monitor.startswith("watched 12 batches, last with loss ")
+    assert probe.startswith("knn/top1 1.0000 in epoch 2")
+    assert report.startswith(f"{tmp_path / 'report.html'} written 1 times")
     assert not torch.equal(module.teacher["backbone"].weight, before["backbone.weight"])

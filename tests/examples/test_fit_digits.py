@@ -11,11 +11,8 @@ import numpy as np
 import pytest
 import torch
 from augment import digit_views
-from evaluate import extract, knn_accuracy, read_metrics
-from fit_digits import build, digits, main, parse
+from fit_digits import digits, main, parse
 from matplotlib import image
-from sklearn.neighbors import KNeighborsClassifier
-from torch import nn
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "fit_digits.py"
 TINY = ["--epochs", "2", "--batch-size", "256", "--prototypes", "16"]
@@ -40,19 +37,25 @@ def test_the_split_is_fixed_and_apart():
 def test_the_run_writes_what_the_readme_says(run):
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary) == {
-        "knn_top1", "knn_top1_raw_pixels", "knn_top1_untrained", "seconds", "seed", "freeze", "versions",
+        "knn_top1", "knn_top1_raw_pixels", "knn_top1_untrained", "diagnoses", "seconds", "seed", "freeze", "versions",
     }  # fmt: skip
-    assert summary["knn_top1_raw_pixels"] == pytest.approx(0.982, abs=5e-4)
+    assert summary["knn_top1_raw_pixels"] == pytest.approx(0.985, abs=5e-4)
     assert 0.5 < summary["knn_top1"] <= 1
     assert summary["freeze"].startswith("student.head.last_layer frozen for 5 optimizer steps, bitwise unchanged")
-    assert image.imread(run / "report.png").shape[0] > 500
     assert {file.name for file in run.iterdir()} == {
-        "checkpoints", "metrics", "report.png", "settings.json", "summary.json",
+        "checkpoints", "metrics", "report.html", "overview.png", "neighbours.png", "settings.json", "summary.json",
     }  # fmt: skip
-    metrics = read_metrics(run / "metrics")
-    assert [epoch for epoch, _ in metrics["loss"]] == [0, 1]
-    assert all(0 <= value <= math.log(16) for _, value in metrics["teacher_entropy"])
-    assert metrics["knn_top1"] == [(1, pytest.approx(summary["knn_top1"], abs=1e-4))]
+    assert image.imread(run / "overview.png").shape[0] > 500
+    looks, probes = histories(run)
+    assert [look["step"] for look in looks] == [1]
+    assert all(0 <= look["teacher_entropy"] <= math.log(16) for look in looks)
+    assert [(probe["epoch"], round(probe["top1"], 4)) for probe in probes][1:] == [(1, summary["knn_top1"])]
+
+
+def histories(run):
+    """What monitor and probe have seen, from the checkpoint of the last epoch."""
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    return [saved[name]["history"] for name in ("CollapseMonitorCallback", "KNNProbeCallback")]
 
 
 def test_a_run_is_never_overwritten(run, capsys):
@@ -149,7 +152,9 @@ def test_a_run_that_was_killed_or_stopped_and_resumed_equals_the_uninterrupted_o
     run_script(out, ["--resume"])
     torch.testing.assert_close(final_state(out), uninterrupted, rtol=0, atol=0)
     assert "frozen for 5 optimizer steps" in json.loads((out / "summary.json").read_text())["freeze"]
-    assert [epoch for epoch, _ in read_metrics(out / "metrics")["loss"]] == [0, 1, 2, 3]
+    looks, probes = histories(out)
+    assert [(look["epoch"], look["step"]) for look in looks] == [(0, 1), (2, 11)]
+    assert [probe["epoch"] for probe in probes] == [0, 3]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "another file"])
@@ -164,27 +169,6 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(damage, run, tmp_p
         main(["--resume", "--out", str(out)])
     assert f"{file} is no whole checkpoint (" in capsys.readouterr().err
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
-
-
-def test_knn_equals_scikit_learn():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(3, (300,), generator=generator)
-    features = nn.functional.one_hot(labels, 3) + torch.randn(300, 3, generator=generator)
-    ours = knn_accuracy(features[:200], labels[:200], features[200:], labels[200:], k=9)
-    theirs = KNeighborsClassifier(9, metric="cosine").fit(features[:200].numpy(), labels[:200].numpy())
-    assert ours == pytest.approx(theirs.score(features[200:].numpy(), labels[200:].numpy()))
-
-
-def test_extraction_leaves_modes_and_buffers_alone():
-    module = build(16)
-    module.train()
-    module.student["head"].eval()
-    before = {key: value.clone() for key, value in module.state_dict().items()}
-    assert extract(module, digits()[1][0]).shape == (397, 128)
-    assert module.training
-    assert module.teacher["backbone"].training
-    assert not module.student["head"].training
-    assert all(torch.equal(module.state_dict()[key], value) for key, value in before.items())
 
 
 def test_views_have_their_sizes_and_differ_from_sample_to_sample():

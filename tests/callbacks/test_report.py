@@ -1,0 +1,448 @@
+import base64
+import re
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from matplotlib import image
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from toy import rules, trainer
+from views import TinyDINO, TinyViT, tiny_dino, view_loader
+
+import dino_head.callbacks
+from dino_head import DINOLoss, DINOProjectionHead
+from dino_head.callbacks import CollapseMonitorCallback, KNNProbeCallback, ReportCallback
+from dino_head.callbacks import _pictures as pictures
+
+FILES = {"report.html", "overview.png", "neighbours.png"}
+
+
+def seeded(**options):
+    torch.manual_seed(0)
+    return tiny_dino(**options)
+
+
+def images(samples=20, seed=1, labels=True, shape=(1, 8, 8)):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = torch.randn(samples, *shape, generator=generator), torch.arange(samples) % 3
+    return DataLoader(TensorDataset(*tensors[: 1 + labels]), batch_size=8)
+
+
+def watching(folder, **options):
+    return [
+        CollapseMonitorCallback(2, patience=1000),
+        KNNProbeCallback(images(), images(12, seed=2), k=5),
+        ReportCallback(folder, **options),
+    ]
+
+
+def fit(module, *callbacks, data=None, **options):
+    run = trainer(*callbacks, **options)
+    run.fit(module, data or view_loader())
+    return run
+
+
+class Page(HTMLParser):
+    """The texts of a page by their tag, and where its pictures and links lead."""
+
+    def __init__(self, file):
+        super().__init__()
+        self.texts, self.sources, self.open = {}, [], []
+        self.feed(file.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.open.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if self.open and data.strip():
+            self.texts.setdefault(self.open[-1], []).append(data.strip())
+
+
+def test_the_page_shows_what_the_others_have_seen(tmp_path):
+    monitor, probe, report = watching(tmp_path / "report")
+    fit(seeded(), *rules(), monitor, probe, report)
+    assert {file.name for file in (tmp_path / "report").iterdir()} == FILES
+    page = Page(tmp_path / "report" / "report.html")
+    last = monitor.history[-1]
+    assert dict(zip(page.texts["dt"], page.texts["dd"], strict=True)) == {
+        "loss, nats": f"{last['loss']:.3f}",
+        "loss / ln K": f"{last['loss_per_lnK']:.3f}",
+        "teacher entropy": f"{last['teacher_entropy']:.3f}",
+        "KL": f"{last['kl']:.3f}",
+        "RankMe": f"{last['rankme']:.1f}",
+        "kNN top-1": f"{100 * probe.history[-1]['top1']:.2f}%",
+    }
+    assert page.texts["h2"] == ["Diagnosis", "Course of the run", "Nearest neighbours", "What was kept"]
+    assert "Nothing is wrong" in page.texts["p"][1]
+    assert [text.split(" ")[0] for text in page.texts["li"]] == [
+        "student.head.last_layer", "teacher", "weight_decay", "watched", "knn/top1",
+    ]  # fmt: skip
+    assert report.receipt.startswith(f"{tmp_path / 'report' / 'report.html'} written 1 times, in ")
+
+
+def test_the_page_is_one_file_with_the_pictures_in_it(tmp_path):
+    fit(seeded(), *watching(tmp_path))
+    sources = Page(tmp_path / "report.html").sources
+    assert len(sources) == 2
+    for source, name in zip(sources, ("overview", "neighbours"), strict=True):
+        assert (
+            base64.b64decode(source.removeprefix("data:image/png;base64,")) == (tmp_path / f"{name}.png").read_bytes()
+        )
+    pixels = image.imread(tmp_path / "overview.png")
+    assert pixels.shape[0] > 600
+    assert pixels.std() > 0.05
+
+
+def test_diagnoses_are_shown_and_texts_are_escaped(tmp_path):
+    monitor, probe, report = watching(tmp_path)
+
+    class Say(Callback):
+        def on_train_start(self, trainer, pl_module):
+            monitor.diagnoses.append("uniform teacher: <b>5 & 6</b>")
+
+    fit(seeded(), monitor, probe, Say(), report)
+    assert (
+        '<p class="said bad">uniform teacher: &lt;b&gt;5 &amp; 6&lt;/b&gt;</p>'
+        in (tmp_path / "report.html").read_text()
+    )
+
+
+class Written(Callback):
+    """The epochs in which the page was there or changed."""
+
+    def __init__(self, file):
+        self.file, self.epochs, self.last = file, [], None
+
+    def look(self, trainer):
+        now = self.file.stat().st_mtime_ns if self.file.exists() else None
+        if now != self.last:
+            self.epochs.append(trainer.current_epoch)
+            self.last = now
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.look(trainer)
+
+    def on_train_end(self, trainer, pl_module):
+        self.look(trainer)
+
+
+class Validated(TinyDINO):
+    def validation_step(self, batch, batch_idx):
+        pass
+
+
+def test_without_validation_it_is_written_every_few_epochs_and_at_the_end(tmp_path):
+    watch = watching(tmp_path, every_n_epochs=2)
+    written = Written(tmp_path / "report.html")
+    fit(seeded(), *watch, written, max_epochs=5)
+    assert written.epochs == [2, 4, 5]
+    assert watch[-1].receipt.split(" written ")[1].startswith("3 times")
+
+
+def test_with_validation_it_is_written_after_each_and_at_the_end(tmp_path):
+    module, watch = seeded(), watching(tmp_path, every_n_epochs=1)
+    module.__class__ = Validated
+    written = Written(tmp_path / "report.html")
+    run = trainer(*watch, written, max_epochs=5, check_val_every_n_epoch=2, num_sanity_val_steps=1)
+    run.fit(module, view_loader(), view_loader())
+    assert written.epochs == [2, 4, 5]
+    assert watch[1].history[1]["epoch"] == 1
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_the_order_of_the_callbacks_does_not_matter(order, tmp_path):
+    watch = watching(tmp_path)
+    monitor, probe, _ = watch
+    fit(seeded(), *watch[order:], *watch[:order], *rules())
+    page = Page(tmp_path / "report.html")
+    assert page.texts["dd"][0] == f"{monitor.history[-1]['loss']:.3f}"
+    assert page.texts["dd"][-1] == f"{100 * probe.history[-1]['top1']:.2f}%"
+    assert len(page.texts["li"]) == 5
+
+
+def random_run(*callbacks):
+    module = seeded()
+    for side in (module.student, module.teacher):
+        side["backbone"] = nn.Sequential(side["backbone"], nn.Dropout(0.2))
+    data = DataLoader(view_loader().dataset, batch_size=4, shuffle=True)
+    torch.manual_seed(1)
+    fit(module, *rules(), *callbacks, data=data)
+    return module.state_dict(), torch.get_rng_state()
+
+
+def test_training_is_bitwise_the_same_without_it(tmp_path):
+    torch.testing.assert_close(random_run(), random_run(*watching(tmp_path, every_n_epochs=1)), rtol=0, atol=0)
+
+
+def test_a_resumed_run_overwrites_its_own_report_and_a_new_run_no_other(tmp_path):
+    save = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", save_top_k=-1)
+    fit(seeded(), *rules(), *watching(tmp_path), save, enable_checkpointing=True)
+    before = (tmp_path / "report.html").read_bytes()
+    with pytest.raises(MisconfigurationException, match="holds the report of another run: move it away, or give"):
+        fit(seeded(), *rules(), *watching(tmp_path))
+    assert (tmp_path / "report.html").read_bytes() == before
+    resumed = watching(tmp_path)
+    trainer(*rules(), *resumed).fit(seeded(), view_loader(), ckpt_path=tmp_path / "checkpoints" / "epoch=1.ckpt")
+    assert len(resumed[0].history) == 6
+    assert (tmp_path / "report.html").read_bytes() != before
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    watch = watching(tmp_path, every_n_epochs=1)
+    fit(seeded(), *watch, max_epochs=1)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def disk_is_full(file, content):
+        with open(file, "wb") as part:
+            part.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", disk_is_full)
+    run = trainer(ReportCallback(tmp_path, images(), images()), max_epochs=2)
+    (tmp_path / "report.html").rename(tmp_path / "old.html")
+    with pytest.warns(UserWarning, match=r"no report in epoch \d, and training goes on: .*No space left"):
+        run.fit(seeded(), view_loader())
+    (tmp_path / "old.html").rename(tmp_path / "report.html")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [([], "a loader gave no batch"), (images(shape=(2, 8, 8)), "expected input.* to have 1 channels")],
+)
+def test_what_cannot_be_drawn_is_said_and_training_goes_on(data, message, tmp_path):
+    with pytest.warns(UserWarning, match=f"no report in epoch 3, and training goes on: .*{message}"):
+        run = fit(seeded(), ReportCallback(tmp_path, data, data))
+    assert run.global_step == 12
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "dino_head.callbacks._figures", raising=False)
+    monkeypatch.delattr(dino_head.callbacks, "_figures", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+        fit(seeded(), ReportCallback(tmp_path))
+
+
+# What there is to draw
+
+
+def test_alone_it_writes_the_receipts(tmp_path):
+    fit(seeded(), *rules(), ReportCallback(tmp_path))
+    assert {file.name for file in tmp_path.iterdir()} == {"report.html"}
+    page = Page(tmp_path / "report.html")
+    assert len(page.texts["li"]) == 3
+    assert "there is no CollapseMonitorCallback" in page.texts["p"][1]
+
+
+def test_images_without_labels_are_drawn_without_frames(tmp_path):
+    fit(seeded(), ReportCallback(tmp_path, images(labels=False), images(labels=False)))
+    assert {file.name for file in tmp_path.iterdir()} == FILES
+    assert "Green frames" not in (tmp_path / "report.html").read_text()
+    pixels = image.imread(tmp_path / "neighbours.png")[..., :3]
+    assert np.ptp(pixels, axis=-1).max() == 0  # grey
+
+
+def test_frames_tell_right_from_wrong(tmp_path):
+    """Neighbours of an image among the same images: the nearest is itself."""
+    data = images(12)
+    watch = ReportCallback(tmp_path, data, data)
+    fit(seeded(), watch)
+    assert "Green frames: the same label; red: another" in (tmp_path / "report.html").read_text()
+    pixels = image.imread(tmp_path / "neighbours.png")[..., :3]
+    coloured = np.ptp(pixels, axis=-1) > 0.2
+    green = coloured & (pixels[..., 1] > pixels[..., 0])
+    columns = np.array_split(np.arange(pixels.shape[1]), 7)
+    assert not coloured[:, columns[0]].any()  # the held-out images
+    assert (coloured & ~green).any()
+    assert green[:, columns[1]].sum() > 0.9 * coloured[:, columns[1]].sum()
+
+
+class Datamodule(LightningDataModule):
+    def train_dataloader(self):
+        return view_loader()
+
+    def knn_dataloaders(self):
+        return images(), images(seed=2)
+
+
+def test_the_datamodules_images_are_drawn(tmp_path):
+    trainer(ReportCallback(tmp_path)).fit(seeded(), Datamodule())
+    assert {file.name for file in tmp_path.iterdir()} == FILES
+
+
+def vit(channels=1, registers=0):
+    torch.manual_seed(0)
+    head = DINOProjectionHead(16, 8, 4, 16, batch_norm=False)
+    return TinyDINO(TinyViT(channels, registers), head, DINOLoss(16), lambda x: [x, x.flip(-1)], warmup_epochs=1)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_patch_tokens_and_attention_are_drawn_where_the_backbone_offers_them(registers, tmp_path):
+    fit(vit(registers=registers), ReportCallback(tmp_path, images(), images(seed=2)))
+    assert {file.name for file in tmp_path.iterdir()} == {*FILES, "patches.png"}
+    page = Page(tmp_path / "report.html")
+    assert "What the patches say" in page.texts["h2"]
+    pixels = image.imread(tmp_path / "patches.png")[..., :3]
+    assert np.ptp(pixels, axis=-1).max() > 0.5  # in colours
+
+
+def test_maps_are_the_tokens_components_and_the_class_tokens_attention():
+    backbone, data = TinyViT(registers=2), torch.randn(3, 1, 8, 16)
+    tokens, attention = backbone.tokens(data)
+    found = pictures.patch_tokens(backbone, data)
+    torch.testing.assert_close(found, tokens[:, 3:].reshape(3, 2, 4, 16))
+    expected = attention[:, :, 0, 3:].mean(dim=1).reshape(3, 2, 4)
+    torch.testing.assert_close(pictures.attention_maps(backbone, data), expected)
+    colours = pictures.as_colours(found)
+    assert colours.shape == (3, 2, 4, 3)
+    first = torch.linalg.svd(found.reshape(24, 16) - found.reshape(24, 16).mean(dim=0))[2][0]
+    along = (found.reshape(24, 16) - found.reshape(24, 16).mean(dim=0)) @ first
+    correlation = torch.corrcoef(torch.stack([along, colours[..., 0].flatten()]))[0, 1].abs()
+    assert correlation > 0.98  # but for the outermost percent, which is cut off
+
+
+@pytest.mark.parametrize(("height", "width", "extra"), [(8, 8, 1), (8, 16, 1), (24, 24, 5), (16, 8, 0)])
+def test_without_a_patch_size_the_largest_grid_is_taken(height, width, extra):
+    class Backbone:
+        def get_intermediate_layers(self, images, n):
+            return [torch.arange(extra + height * width // 4).repeat(len(images), 1)[..., None].float()]
+
+    found = pictures.patch_tokens(Backbone(), torch.zeros(2, 3, height, width))
+    assert found.shape == (2, height // 2, width // 2, 1)
+    assert found[0, 0, 0, 0] == extra
+
+
+def test_principal_components_are_those_of_the_covariance():
+    features = torch.randn(50, 6) @ torch.randn(6, 6)
+    found = pictures.principal_components(features, 2)
+    variances = torch.linalg.eigvalsh(torch.cov(features.T)).flip(0)
+    torch.testing.assert_close(torch.cov(found.T), torch.diag(variances[:2]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(pictures.principal_components(features.flip(0), 2), found.flip(0), rtol=1e-3, atol=1e-3)
+    assert pictures.principal_components(torch.ones(3, 1), 2).tolist() == [[0, 0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((2, 1, 8, 8), (2, 8, 8, 3)),
+        ((2, 3, 192, 96), (2, 96, 48, 3)),
+        ((2, 2, 8, 8), (2, 8, 8, 3)),
+        ((2, 13, 8, 8), (2, 8, 8, 3)),
+        ((2, 1, 5, 8, 8), (2, 8, 8, 3)),
+        ((2, 8), None),
+    ],
+)
+def test_thumbnails_of_all_kinds(shape, expected):
+    inputs = 100 * torch.randn(shape) + 7
+    found = pictures.thumbnails(inputs)
+    assert (found if found is None else tuple(found.shape)) == expected
+    if found is not None:
+        assert found.min() == 0
+        assert found.max() == 1
+    if len(shape) == 5:
+        middle = pictures.thumbnails(inputs[:, :, 2])
+        torch.testing.assert_close(found, middle)
+
+
+def test_volumes_are_shown_by_their_middle_slice(tmp_path):
+    module = seeded()
+    net = nn.Sequential(nn.Conv3d(1, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    module.student["backbone"], module.teacher["backbone"] = net, nn.Sequential(*net)
+    module.teacher["backbone"] = nn.Sequential(nn.Conv3d(1, 4, 3), nn.AdaptiveAvgPool3d(1), nn.Flatten())
+    module.teacher["backbone"].load_state_dict(net.state_dict())
+    module.teacher.requires_grad_(False)
+    module.augment = lambda volumes: [volumes, volumes.flip(-1)]
+    data = images(shape=(1, 5, 8, 8), labels=False)
+    fit(module, ReportCallback(tmp_path, data, data), data=images(16, shape=(1, 5, 8, 8)))
+    assert {file.name for file in tmp_path.iterdir()} == FILES
+
+
+def test_inputs_that_are_no_images_are_a_map_alone(tmp_path):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(32, 4)
+
+        def forward(self, x):
+            return self.layer(x.flatten(1))
+
+    module = seeded()
+    module.student["backbone"], module.teacher["backbone"] = Flat(), Flat().requires_grad_(False)
+    module.augment = lambda x: [x, -x]
+    data = images(shape=(32,))
+    fit(module, ReportCallback(tmp_path, data, data), data=data)
+    assert {file.name for file in tmp_path.iterdir()} == {"report.html", "overview.png"}
+
+
+def test_many_classes_need_no_legend(tmp_path):
+    data = DataLoader(TensorDataset(torch.randn(60, 1, 8, 8), torch.arange(60)), batch_size=20)
+    fit(seeded(), ReportCallback(tmp_path, data, data))
+    assert image.imread(tmp_path / "overview.png").shape[1] < 800
+
+
+# Loggers
+
+
+class TakesImages(CSVLogger):
+    """Like WandbLogger."""
+
+    def log_image(self, key, images, step=None):
+        self.sent = [*getattr(self, "sent", []), (key, [image.imread(file).shape for file in images], step)]
+
+
+class Board(CSVLogger):
+    """Like TensorBoardLogger."""
+
+    class Writer:
+        def __init__(self):
+            self.sent = []
+
+        def add_image(self, tag, img_tensor, global_step=None, dataformats="CHW"):
+            self.sent.append((tag, img_tensor.shape[2], global_step, dataformats))
+
+        def log_metrics(self, metrics, step):
+            pass
+
+        def save(self):
+            pass
+
+    experiment = Writer()
+
+
+def test_pictures_go_to_loggers_that_take_them(tmp_path):
+    one, other = TakesImages(tmp_path / "one"), Board(tmp_path / "other")
+    fit(seeded(), *watching(tmp_path / "report"), logger=[one, other], log_every_n_steps=1)
+    assert [(key, step) for key, _, step in one.sent] == [("report/overview", 12), ("report/neighbours", 12)]
+    assert other.experiment.sent == [("report/overview", 4, 12, "HWC"), ("report/neighbours", 4, 12, "HWC")]
+
+
+def test_the_folder_is_the_loggers_where_none_is_given(tmp_path):
+    fit(seeded(), ReportCallback(), logger=CSVLogger(tmp_path, name="mine"), log_every_n_steps=1)
+    assert (tmp_path / "mine" / "version_0" / "report.html").exists()
+    fit(seeded(), ReportCallback(), default_root_dir=tmp_path / "root")
+    assert (tmp_path / "root" / "report.html").exists()
+
+
+@pytest.mark.parametrize("options", [{"every_n_epochs": 0}, {"max_samples": 0}])
+def test_arguments_out_of_range(options):
+    with pytest.raises(ValueError, match="must be an integer >= 1"):
+        ReportCallback(**options)
+
+
+def test_a_module_that_is_not_there_is_said_when_training_starts(tmp_path):
+    with pytest.raises(MisconfigurationException, match=re.escape("has no submodule 'net'")):
+        fit(seeded(), ReportCallback(tmp_path, images(), images(), module="net"))
