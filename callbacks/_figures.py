@@ -123,7 +123,7 @@ def patches(images: Tensor, colours: Tensor | None, attention: Tensor | None) ->
 
 def _loss(axis: Axes, looks: History) -> None:
     steps, loss, entropy = (_column(looks, name) for name in ("step", "loss", "teacher_entropy"))
-    limit = looks[-1]["loss"] / looks[-1]["loss_per_lnK"] if looks[-1]["loss_per_lnK"] else math.nan
+    limit = next((look["loss"] / look["loss_per_lnK"] for look in looks if look["loss_per_lnK"] > 0), math.nan)
     axis.fill_between(steps, entropy, color="tab:blue", alpha=0.25, linewidth=0, label="teacher entropy")
     axis.fill_between(steps, entropy, loss, color="tab:orange", alpha=0.4, linewidth=0, label="KL")
     axis.plot(steps, loss, color="black", linewidth=1.2, label="loss", **_marker(steps))
@@ -174,10 +174,8 @@ def _map(axis: Axes, components: Tensor, labels: Tensor | None) -> None:
     else:
         colours = colormaps["tab10" if len(classes) <= 10 else "tab20"]
         for index, label in enumerate(classes):
-            chosen = components[labels == label]
-            axis.scatter(
-                chosen[:, 0].tolist(), chosen[:, 1].tolist(), s=12, color=colours(index), label=str(label), linewidths=0
-            )
+            x, y = components[labels == label].T.tolist()
+            axis.scatter(x, y, s=12, color=colours(index), label=str(label), linewidths=0)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="label", fontsize="small")
     axis.set(title="Held-out features, principal components", xticks=[], yticks=[], xlabel="first", ylabel="second")
 

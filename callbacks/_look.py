@@ -27,7 +27,8 @@ class Look:
         self.temperatures: dict[str, float] = {}
         self.statistics: DINOStatistics | None = None  # None: not called
         self.rank: RankMe | None = None
-        self._hook = loss.register_forward_pre_hook(self._measure, with_kwargs=True)
+        measure = torch.compiler.disable(self._measure)  # a compiled loss is not to take it in
+        self._hook = loss.register_forward_pre_hook(measure, with_kwargs=True)
 
     def end(self) -> None:
         """Listen no longer."""
@@ -59,8 +60,8 @@ class Look:
             self.rank = RankMe(embeddings.shape[-1]).to(embeddings.device)
         center = loss.center_for(teacher, teacher_temp)
         self.statistics.update(teacher, student, center=center, **self.temperatures)
-        if self.rank is not None and embeddings.isfinite().all():  # else the loss tells: it is not finite either
-            self.rank.update(embeddings)
+        assert self.rank is not None
+        self.rank.update(embeddings if embeddings.isfinite().all() else embeddings[:0])
 
 
 def scheduled(trainer: Trainer, look: Look) -> dict[str, float]:

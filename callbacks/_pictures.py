@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dino_head._neighbours import check_finite
 from dino_head.callbacks._features import features_of, some_batches, split
 
 PIXELS = 96  # the longer side of a thumbnail
@@ -32,7 +33,7 @@ def take_samples(
     """Some samples of a loader, with labels or without, in main memory.
 
     Raises:
-        ValueError: no batch, or features that are not (B, D).
+        ValueError: no batch, or features that are not (B, D) or not finite.
     """
     features, labels, pictures = [], [], []
     first: Tensor | None = None
@@ -48,6 +49,7 @@ def take_samples(
             first = inputs[:WHOLE].to(pl_module.device)
     if not features:
         raise ValueError("there is nothing to show: a loader gave no batch")
+    check_finite("features", torch.cat(features))
     shapes = {None if part is None else part.shape[1:] for part in pictures}
     return Samples(
         torch.cat(features),

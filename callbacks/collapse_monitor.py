@@ -1,5 +1,6 @@
 """Watching what the loss is made of while DINO trains, and saying so when it collapses."""
 
+import math
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -70,6 +71,7 @@ class CollapseMonitorCallback(Callback):
         self.diagnoses: list[str] = []
         self._batches = 0  # begun so far
         self._stride = 1  # of how many looks one is remembered
+        self._is_due = False  # as the last look has seen nothing
         self._module: DINOLoss | None = None
         self._look: Look | None = None
         self._recent: deque[Seen] = deque(maxlen=patience)
@@ -102,12 +104,13 @@ class CollapseMonitorCallback(Callback):
                 "dino_head.metrics.DINOStatistics in training_step"
             )
         (self._module,) = chosen.values()
+        self._is_due = False
         self._recent.clear()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Listen to the loss, if it is this batch's turn."""
         self._end_look()  # of a batch that was left out
-        if self._batches % self.every_n_steps == 0 and self._module is not None:
+        if (self._is_due or self._batches % self.every_n_steps == 0) and self._module is not None:
             self._look = Look(self._module)
         self._batches += 1
 
@@ -116,11 +119,9 @@ class CollapseMonitorCallback(Callback):
         look = self._end_look()
         if look is None:
             return
-        if look.statistics is None:
-            raise MisconfigurationException(
-                "CollapseMonitorCallback listens to the DINOLoss of the module, but it was not called in a training "
-                "batch: call it as loss(teacher, student), in train mode"
-            )
+        self._is_due = not trainer.strategy.reduce_boolean_decision(look.statistics is not None)
+        if self._is_due:  # a batch that some process has left out: the next one will do
+            return
         sums, rankme = look.gather()
         values = {name: value.item() for name, value in statistics_of(sums).items()}
         self._recent.append(Seen(sums, values["loss"], rankme, fingerprints(trainer, pl_module)))
@@ -131,8 +132,16 @@ class CollapseMonitorCallback(Callback):
         self._log(trainer, pl_module, {f"dino/{name}": value for name, value in values.items()})
         moment = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
         self._remember({**moment, **values, **scheduled(trainer, look)})
-        if len(self._recent) == self.patience:
+        if len(self._recent) == self.patience or not math.isfinite(values["loss"]):
             self._say(trainer, diagnose(averages))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse to watch what never happens."""
+        if self._is_due and not self.history:
+            raise MisconfigurationException(
+                "CollapseMonitorCallback listens to the DINOLoss of the module, and that was not called in an epoch: "
+                "call it as loss(teacher, student), in train mode"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen no longer, and say what was seen."""

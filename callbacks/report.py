@@ -131,7 +131,11 @@ class ReportCallback(Callback):
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, start: float) -> None:
         monitor, probe = _find(trainer, CollapseMonitorCallback), _find(trainer, KNNProbeCallback)
-        train, test, module = self._samples(trainer, pl_module, probe)
+        try:
+            train, test, module = self._samples(trainer, pl_module, probe)
+        except (ValueError, RuntimeError) as error:
+            rank_zero_warn(f"a report without images in epoch {trainer.current_epoch}, and training goes on: {error}")
+            train = test = module = None
         if not trainer.is_global_zero:
             return
         looks, probes = monitor.history if monitor else [], probe.history if probe else []

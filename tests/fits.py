@@ -24,6 +24,7 @@ from dino_head.callbacks import (
     CollapseMonitorCallback,
     FreezeLastLayerCallback,
     KNNProbeCallback,
+    ReportCallback,
     TeacherUpdateCallback,
 )
 
@@ -196,29 +197,30 @@ def samples(count: int, seed: int) -> TensorDataset:
 
 
 def watched(folder: Path) -> dict[str, list[float]]:
-    """What monitor and probes see in a run: of sharded data, of few batches, and of data without labels."""
+    """What monitor and probe see in runs on data to be shared, on shares, on data without labels, and with shards."""
     devices = int(os.environ.get("WORLD_SIZE", 1))
     train, test = samples(50, seed=1), samples(23, seed=2)
     own = DistributedSampler(train, devices, int(os.environ.get("RANK", 0)), shuffle=False)
-    probes = [
-        KNNProbeCallback(DataLoader(train, 8, shuffle=True), DataLoader(test, 5), k=5),
-        KNNProbeCallback(DataLoader(train, 8, sampler=own), DataLoader(test, 23), k=5),
-        KNNProbeCallback(DataLoader(samples(50, 1).tensors[0], 8), DataLoader(test, 23), k=5),
-    ]
-    module = seeded()
+    probes = {
+        "plain": KNNProbeCallback(DataLoader(train, 8, shuffle=True), DataLoader(test, 5), k=5),
+        "shares": KNNProbeCallback(DataLoader(train, 8, sampler=own), DataLoader(test, 23), k=5),
+        "unlabelled": KNNProbeCallback(DataLoader(train.tensors[0], 8), DataLoader(test, 23), k=5),
+    }
+    if CAN_SHARD:
+        probes["sharded"] = KNNProbeCallback(DataLoader(train, 8), DataLoader(test, 5), k=5)
     result = {}
-    for index, probe in enumerate(probes):
-        monitor = CollapseMonitorCallback(2, patience=1000)
+    for name, probe in probes.items():
+        is_sharded = name == "sharded" and devices > 1
+        strategy = "auto" if devices == 1 else data_parallel() if is_sharded else ddp()
+        monitor, report = CollapseMonitorCallback(2, patience=1000), ReportCallback(folder / f"{name}-{devices}")
         with warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always")
-            strategy = ddp() if devices > 1 else "auto"
-            run = trainer(*rules(), monitor, probe, devices=devices, strategy=strategy, max_epochs=2)
-            run.fit(module, halves())
-        result[f"top1 {index}"] = [row["top1"] for row in probe.history]
-        result[f"warnings {index}"] = [float(sum("labels are missing" in str(w.message) for w in given))]
-        for name in ("loss", "teacher_entropy", "kl", "rankme", "prototypes_used", "prototypes_effective"):
-            result[f"{name} {index}"] = [look[name] for look in monitor.history]
-        module = seeded()
+            run = trainer(*rules(), monitor, probe, report, devices=devices, strategy=strategy, max_epochs=2)
+            run.fit(sharded() if is_sharded else seeded(), halves())
+        result[f"{name} top1"] = [row["top1"] for row in probe.history]
+        result[f"{name} warnings"] = [float(sum("labels are missing" in str(w.message) for w in given))]
+        for value in ("loss", "teacher_entropy", "kl", "rankme", "prototypes_used", "prototypes_effective"):
+            result[f"{name} {value}"] = [look[value] for look in monitor.history]
     return result
 
 

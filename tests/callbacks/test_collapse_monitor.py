@@ -100,6 +100,19 @@ def test_sinkhorn_targets_are_measured_as_they_are():
     assert [look["loss"] for look in monitor.history] == pytest.approx(losses, rel=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated")  # Dynamo's
+def test_a_compiled_loss_and_low_precision_are_measured_too():
+    plain, compiled, low = (CollapseMonitorCallback(2, **NEVER) for _ in range(3))
+    fit(seeded(), *rules(), plain)
+    module = seeded()
+    module.loss = torch.compile(module.loss, backend="eager")
+    fit(module, *rules(), compiled)
+    fit(seeded(), *rules(), low, precision="bf16-mixed")
+    for one, other, coarse in zip(plain.history, compiled.history, low.history, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+        assert coarse["loss"] == pytest.approx(one["loss"], rel=0.1)
+
+
 def run_with_dropout(*callbacks):
     """Weights after a run in which shuffling, views and dropout are random."""
     module = seeded()
@@ -169,6 +182,21 @@ def test_accumulation_is_looked_at_by_batches():
     assert [look["step"] for look in monitor.history] == [0, 2, 3, 5]
 
 
+class Skipping(TinyDINO):
+    """Leaves out every batch with an even number."""
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) if batch_idx % 2 else None
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_in_place_of_a_batch_that_is_left_out_the_next_is_looked_at():
+    module, monitor = seeded(), CollapseMonitorCallback(4, **NEVER)
+    module.__class__ = Skipping
+    fit(module, monitor)
+    assert [(look["epoch"], look["step"]) for look in monitor.history] == [(0, 2), (1, 6), (2, 10)]
+
+
 def test_a_resumed_run_goes_on_with_its_history(tmp_path):
     whole = CollapseMonitorCallback(3, **NEVER)
     fit(seeded(), *rules(), whole)
@@ -217,8 +245,8 @@ def test_the_loss_has_to_be_found_and_called():
     with pytest.raises(MisconfigurationException, match=r"got loss=None, and TinyDINO has loss, other: name one"):
         fit(module, CollapseMonitorCallback())
     fit(module, CollapseMonitorCallback(loss="loss", **NEVER), max_steps=1)
-    with pytest.raises(MisconfigurationException, match="was not called in a training batch"):
-        fit(module, CollapseMonitorCallback(loss="other"), max_steps=1)
+    with pytest.raises(MisconfigurationException, match="was not called in an epoch"):
+        fit(module, CollapseMonitorCallback(loss="other"))
     module = seeded()
     module.loss = nn.Identity()
     with pytest.raises(MisconfigurationException, match="has none: name one of them"):
@@ -338,5 +366,6 @@ def test_a_collapse_can_stop_the_run():
 def test_a_loss_that_is_not_finite_is_said_without_the_other_rules():
     module = dino()
     module.augment = lambda images: [torch.full_like(images, math.nan)] * 2
-    monitor, *_ = watched(module)
+    monitor, given, _ = watched(module)
     assert monitor.diagnoses[0].startswith("not finite: ")
+    assert sum("epoch 0, step 1: not finite: " in text for text in given) == 1  # at once

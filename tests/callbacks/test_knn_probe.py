@@ -237,6 +237,21 @@ def test_a_module_that_does_not_pool_is_said():
         fit(seeded(), probe(module="teacher.backbone.0"))
 
 
+def test_features_are_taken_under_the_trainers_precision():
+    class Kind(nn.Module):
+        def forward(self, images):
+            kinds.append(torch.is_autocast_enabled("cpu"))
+            return images.flatten(1)
+
+    kinds = []
+    module = seeded()
+    module.probed = Kind()
+    watch = probe(module="probed")
+    fit(module, watch, max_epochs=1, precision="bf16-mixed")
+    assert set(kinds) == {True}
+    assert len(watch.history) == 1
+
+
 def test_the_lightning_module_itself_and_any_submodule_can_be_probed():
     for name in ("", "student.backbone"):
         watch = probe(module=name)
@@ -359,8 +374,11 @@ def test_arguments_out_of_range(options):
 def test_two_processes_find_what_one_finds(tmp_path):
     one = fits.watched(tmp_path)
     first, second = fits.run_trainers(fits.watched, tmp_path)
-    assert second["warnings 2"] == [0]  # said by the first alone
-    for rank in (first, {**second, "warnings 2": [1]}):
+    assert second["unlabelled warnings"] == [0]  # said by the first alone
+    for rank in (first, {**second, "unlabelled warnings": [1]}):
         assert rank.keys() == one.keys()
         for name in one:
             assert rank[name] == pytest.approx(one[name], rel=1e-3), name
+    reports = {file.parent.name for file in tmp_path.glob("*/report.html")}
+    kinds = ["plain", "shares", "unlabelled", *(["sharded"] if fits.CAN_SHARD else [])]
+    assert reports == {f"{kind}-{processes}" for kind in kinds for processes in (1, 2)}

@@ -223,10 +223,25 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     [([], "a loader gave no batch"), (images(shape=(2, 8, 8)), "expected input.* to have 1 channels")],
 )
 def test_what_cannot_be_drawn_is_said_and_training_goes_on(data, message, tmp_path):
-    with pytest.warns(UserWarning, match=f"no report in epoch 3, and training goes on: .*{message}"):
-        run = fit(seeded(), ReportCallback(tmp_path, data, data))
+    watch = ReportCallback(tmp_path, data, data)
+    with pytest.warns(UserWarning, match=f"without images in epoch 3, and training goes on: .*{message}"):
+        run = fit(seeded(), *watching(tmp_path)[:1], watch)
     assert run.global_step == 12
-    assert list(tmp_path.iterdir()) == []
+    assert {file.name for file in tmp_path.iterdir()} == {"report.html", "overview.png"}
+
+
+@pytest.mark.filterwarnings("ignore:epoch 1, step 5. not finite")
+def test_of_weights_that_are_not_finite_there_is_a_page_with_the_diagnosis(tmp_path):
+    class Break(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.teacher["backbone"][0].weight.data.fill_(torch.nan)
+
+    watch = CollapseMonitorCallback(1, patience=1000), ReportCallback(tmp_path, images(), images())
+    with pytest.warns(UserWarning, match="without images in epoch 3.* 20 of 20 features hold NaN"):
+        fit(seeded(), *watch, Break())
+    page = Page(tmp_path / "report.html")
+    assert any(text.startswith("not finite: ") for text in page.texts["p"])
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
