@@ -18,7 +18,7 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Look:
-    """A forward pre-hook of a DINOLoss that measures all its training calls in a batch.
+    """A forward pre-hook of a DINOLoss that measures all its calls in a training batch.
 
     Before the call, as afterwards the center may have moved. What is sampled is sampled evenly: nothing is random.
     """
@@ -44,8 +44,6 @@ class Look:
 
     @torch.no_grad()
     def _measure(self, loss: DINOLoss, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if not loss.training:
-            return
         given = inspect.signature(loss.forward).bind(*arguments, **options)
         given.apply_defaults()
         teacher, student = (stacked(given.arguments[name]) for name in ("teacher_out", "student_out"))

@@ -140,7 +140,7 @@ class CollapseMonitorCallback(Callback):
         if self._is_due and not self.history:
             raise MisconfigurationException(
                 "CollapseMonitorCallback listens to the DINOLoss of the module, and that was not called in an epoch: "
-                "call it as loss(teacher, student), in train mode"
+                "call it as loss(teacher, student)"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
