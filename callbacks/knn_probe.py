@@ -69,7 +69,7 @@ class KNNProbeCallback(Callback):
         self.k, self.temperature = k, temperature
         self.every_n_epochs, self.max_samples = every_n_epochs, max_samples
         self.history: list[dict[str, float]] = []
-        self._loaders: Loaders | None = None
+        self._loaders: Loaders | None = None  # while it trains
         self._warned: set[str] = set()
 
     @property
@@ -85,6 +85,7 @@ class KNNProbeCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, before a checkpoint is loaded."""
+        self._loaders = None
         if stage == "fit" and trainer.global_step == 0 and trainer.current_epoch == 0:
             self.history = []
 
@@ -96,8 +97,7 @@ class KNNProbeCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe where ModelCheckpoint will look for the value."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._probe(trainer, pl_module)
+        self._probe(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe, if no validation has."""

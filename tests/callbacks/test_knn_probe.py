@@ -62,8 +62,10 @@ class ByHand(Callback):
 
 
 def test_the_accuracy_is_that_of_the_teachers_features():
-    watch, by_hand = probe(), ByHand()
-    run = fit(seeded(), *rules(), watch, by_hand)
+    watch, by_hand, module = probe(), ByHand(), seeded()
+    for side in (module.student, module.teacher):
+        side["backbone"].append(nn.Dropout(0.9))
+    run = fit(module, *rules(), watch, by_hand)
     assert [(row["epoch"], row["step"]) for row in watch.history] == [(0, 4), (1, 8), (2, 12)]
     assert [row["top1"] for row in watch.history] == pytest.approx(by_hand.expected)
     assert run.callback_metrics["knn/top1"].item() == pytest.approx(by_hand.expected[-1])
@@ -85,6 +87,19 @@ class Validated(TinyDINO):
         self.log("val", 0.0)
 
 
+def test_the_value_is_there_when_a_validation_ends():
+    class Look(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                seen.append(float(trainer.callback_metrics.get("knn/top1", math.nan)))
+
+    module, watch, seen = seeded(), probe(), []
+    module.__class__ = Validated
+    trainer(*rules(), Look(), watch, val_check_interval=0.5).fit(module, view_loader(), view_loader())
+    assert [(row["epoch"], row["step"]) for row in watch.history] == [(e, 4 * e + s) for e in range(3) for s in (2, 4)]
+    assert seen == pytest.approx([row["top1"] for row in watch.history])
+
+
 @pytest.mark.parametrize("validation", [True, False])
 def test_checkpoints_and_early_stopping_can_monitor_it(validation, tmp_path):
     module, watch = seeded(), probe(every_n_epochs=2)
@@ -101,7 +116,7 @@ def test_checkpoints_and_early_stopping_can_monitor_it(validation, tmp_path):
     assert [row["epoch"] for row in watch.history] == [0, 1]
 
 
-def test_the_sanity_check_is_no_probe():
+def test_the_sanity_check_and_validate_are_no_probes():
     module, watch = seeded(), probe()
     module.__class__ = Validated
     seen = []
@@ -110,7 +125,9 @@ def test_the_sanity_check_is_no_probe():
         def on_sanity_check_end(self, trainer, pl_module):
             seen.append(list(watch.history))
 
-    trainer(watch, Sanity(), num_sanity_val_steps=2).fit(module, view_loader(), view_loader())
+    run = trainer(watch, Sanity(), num_sanity_val_steps=2)
+    run.fit(module, view_loader(), view_loader())
+    run.validate(module, view_loader())
     assert seen == [[]]
     assert len(watch.history) == 3
 
