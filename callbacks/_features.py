@@ -5,6 +5,7 @@ Sizes: N samples, D features.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 Loaders = tuple[Iterable[Any], Iterable[Any]]
@@ -53,24 +54,23 @@ def evaluation(pl_module: LightningModule) -> Iterator[None]:
 
 
 def labelled_loaders(trainer: Trainer, train: Iterable[Any] | None, test: Iterable[Any] | None, user: str) -> Loaders:
-    """Those given, else the datamodule's.
+    """Those given, else the datamodule's, or the LightningModule's where there is none.
 
     They are what its `knn_dataloaders()` gives, if it has such a method, else train_dataloader() and val_dataloader(),
     or test_dataloader().
     """
     if train is not None and test is not None:
         return train, test
-    data = trainer.datamodule  # type: ignore[attr-defined]
+    data = trainer.datamodule or trainer.lightning_module  # type: ignore[attr-defined]
     if hasattr(data, "knn_dataloaders"):
-        of_train, of_test = data.knn_dataloaders()
+        of_train, of_test = data.knn_dataloaders()  # type: ignore[operator]
         return (of_train if train is None else train), (of_test if test is None else test)
-    has_val = data is not None and is_overridden("val_dataloader", data)
-    names = ("train_dataloader", "val_dataloader" if has_val else "test_dataloader")
+    names = ("train_dataloader", "val_dataloader" if is_overridden("val_dataloader", data) else "test_dataloader")
     wanted = [name for name, given in zip(names, (train, test), strict=True) if given is None]
-    missing = [name for name in wanted if data is None or not is_overridden(name, data)]
+    missing = [name for name in wanted if not is_overridden(name, data)]
     if missing:
         raise MisconfigurationException(
-            f"{user} needs labelled data, and there is no datamodule with knn_dataloaders or {' and '.join(missing)}: "
+            f"{user} needs images, and {type(data).__name__} has no knn_dataloaders and no {' and '.join(missing)}: "
             "give it two loaders of batches (inputs, labels), train=... and test=..."
         )
     of_train, of_test = (
@@ -84,31 +84,45 @@ def some_batches(loader: Iterable[Any], max_samples: int, rank: int = 0, world: 
 
     Of an iterable without indices the first ones are taken. A generator of the loader's own is afterwards what it was.
     """
-    sampler = getattr(loader, "sampler", None)
+    sampler, batch_sampler = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
     if isinstance(sampler, DistributedSampler):  # a share already
         max_samples, rank, world = max(1, max_samples // world), 0, 1
-    owned = [getattr(source, "generator", None) for source in (loader, sampler)]
+    owners = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
+    owned = [getattr(owner, "generator", None) for owner in owners]
     generators = [generator for generator in owned if isinstance(generator, torch.Generator)]
     states = [generator.get_state() for generator in generators]
     for generator in generators:
         generator.manual_seed(0)
     try:
-        if isinstance(loader, DataLoader) and loader.batch_sampler is not None:
-            batches = list(loader.batch_sampler)  # of indices
-            count = max(1, int(len(batches) * min(1.0, max_samples / max(1, sum(map(len, batches))))))
+        batches = _batches_of_indices(loader)
+        if batches is not None:
+            share = max_samples / max(1, sum(map(len, batches)))
+            count = max(1, int(len(batches) * min(1.0, share)))
             chosen = [batches[int(i)] for i in torch.linspace(0, len(batches) - 1, count)] if batches else []
-            yield from _load(loader, chosen[rank::world])
+            yield from _load(loader, chosen[rank::world])  # type: ignore[arg-type]
         else:
             taken = 0
             for index, batch in enumerate(loader):
                 if taken >= max_samples:
                     break
-                taken += len(batch[0])
+                taken += len(batch[0] if isinstance(batch, (tuple, list)) else batch)
                 if index % world == rank:
                     yield batch
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def _batches_of_indices(loader: Iterable[Any]) -> list[list[int]] | None:
+    """Of an ordinary DataLoader over data with a length; None of any other iterable."""
+    if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
+        return None
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        return None
+    try:
+        return list(islice(loader.batch_sampler, len(loader)))
+    except TypeError:  # a sampler without an end
+        return None
 
 
 def _load(loader: DataLoader[Any], batches: list[list[int]]) -> Iterable[Any]:
@@ -126,7 +140,7 @@ def features_of(pl_module: LightningModule, trainer: Trainer, module: nn.Module,
         ValueError: an output that is not (B, D).
     """
     with trainer.precision_plugin.forward_context():
-        features = module(move_data_to_device(inputs, pl_module.device))
+        features = module(trainer.precision_plugin.convert_input(move_data_to_device(inputs, pl_module.device)))
     if not isinstance(features, Tensor) or features.dim() != 2:
         given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(f"features (B, D) are needed, and the module gives {given}: name one that pools its output")
@@ -153,6 +167,11 @@ def split(batch: Any) -> tuple[Any, Tensor, Tensor | None]:
     return inputs, targets[0], targets[1] if len(targets) == 2 else None
 
 
+def as_text(error: Exception) -> str:
+    """What to say of an error that does not end the run; ours begin with what they are about."""
+    return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+
+
 def is_sharded(module: nn.Module) -> bool:
     """Whether all processes have to run the module together."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
@@ -164,24 +183,25 @@ def extract(
     """Features of labelled data, the work divided among the processes and the result the same in all of them.
 
     Raises:
-        ValueError: in all processes, whatever went wrong in any: no batch, no labels, other outputs than (B, D).
+        ValueError: in all processes, whatever went wrong in any: no batch, no labels, other outputs than (B, D), or
+            an error of the data's or the module's own.
     """
     rank, world = (0, 1) if is_sharded(module) else (trainer.global_rank, trainer.world_size)
-    features, targets, error = [], [], None
+    features: list[Tensor] = []
+    targets: list[Tensor] = []
+    error: Exception | None = None
     try:
         for batch in some_batches(loader, max_samples, rank, world):
             inputs, labels, groups = split(batch)
             features.append(features_of(pl_module, trainer, module, inputs))
             targets.append(torch.stack([labels] if groups is None else [labels, groups], dim=1).to(pl_module.device))
-    except ValueError as raised:
+        nothing = torch.empty(0, 0, device=pl_module.device)
+        mine = [torch.cat(features or [nothing]), torch.cat(targets or [nothing.long()])]
+    except Exception as raised:  # of whatever is in the data: the other processes wait
         error = raised
     if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
-        raise error or ValueError("another process could not take its features")
-    nothing = torch.empty(0, 0, device=pl_module.device)
-    everything = [
-        torch.cat([part for part in _gathered(torch.cat(mine) if mine else empty, world) if len(part)] or [empty])
-        for mine, empty in ((features, nothing), (targets, nothing.long()))
-    ]
+        raise ValueError("another process could not take its features" if error is None else as_text(error)) from error
+    everything = [torch.cat([part for part in _gathered(tensor, world) if len(part)] or [tensor]) for tensor in mine]
     if not len(everything[0]):
         raise ValueError("there is no data: the loader gave no batch")
     labels, *groups_if_any = everything[1].unbind(dim=1)

@@ -12,10 +12,11 @@ import torch
 from matplotlib import colormaps, image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 from dino_head._neighbours import nearest
-from dino_head.callbacks._pictures import Samples, as_colours, attention_maps, patch_tokens, principal_components
+from dino_head.callbacks._pictures import Maps, Samples, as_colours, principal_components
 
 History = Sequence[dict[str, float]]
 
@@ -26,6 +27,7 @@ SCHEDULES = {
     "teacher_temp": "teacher temperature",
     "teacher_momentum": "teacher momentum",
 }
+AXES = ("first", "second")
 MOST_CLASSES = 20  # with a colour and a name each
 SHOWN, NEIGHBOURS = 6, 6  # held-out images, and neighbours of each
 
@@ -39,28 +41,27 @@ class Drawn(NamedTuple):
     figure: Figure
 
 
-def draw(
-    looks: History, probes: History, train: Samples | None, test: Samples | None, module: nn.Module | None
-) -> list[Drawn]:
+def draw(looks: History, probes: History, train: Samples | None, test: Samples | None, maps: Maps) -> list[Drawn]:
     """All figures for which there is something to draw."""
     drawn = []
     if looks or probes or test is not None:
-        caption = "The student cannot lower the teacher's entropy: it learns in the KL. At ln K the teacher is uniform."
+        caption = (
+            "The student lowers the KL; the teacher's entropy is given to it, and is ln K if the teacher is uniform. A "
+            "loss above ln K is that of a student far from its teacher."
+        )
         drawn.append(Drawn("overview", "Course of the run", caption if looks else "", overview(looks, probes, test)))
     if train is not None and test is not None and train.pictures is not None and test.pictures is not None:
         caption = "Held-out images (left) and the training images nearest to them, with their cosine similarity."
+        caption += _shown_part(test.inputs)
         if train.labels is not None and test.labels is not None:
             caption += " Green frames: the same label; red: another."
         drawn.append(Drawn("neighbours", "Nearest neighbours", caption, neighbours(train, test)))
-    if test is not None and test.pictures is not None and test.inputs is not None:
-        tokens, attention = patch_tokens(module, test.inputs), attention_maps(module, test.inputs)
-        if tokens is not None or attention is not None:
-            caption = (
-                "Patch tokens: their first three principal components as red, green and blue. Attention: the class "
-                "token's, mean over the heads."
-            )
-            figure = patches(test.pictures, None if tokens is None else as_colours(tokens), attention)
-            drawn.append(Drawn("patches", "What the patches say", caption, figure))
+    if test is not None and test.pictures is not None and (maps.tokens is not None or maps.attention is not None):
+        caption = (
+            "Patch tokens: their first three principal components over all these images as red, green and blue. "
+            "Attention: the class token's, mean over the heads, from the least to the most in each image."
+        )
+        drawn.append(Drawn("patches", "What the patches say", caption, patches(test.pictures, maps)))
     return drawn
 
 
@@ -79,8 +80,7 @@ def overview(looks: History, probes: History, test: Samples | None) -> Figure:
     if looks:
         panels.append(lambda figure, spec: _schedules(figure, spec, looks))
     if test is not None:
-        components = principal_components(test.features, 2)
-        panels.append(lambda figure, spec: _map(figure.add_subplot(spec), components, test.labels))
+        panels.append(lambda figure, spec: _map(figure.add_subplot(spec), test.features, test.labels))
     rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
     figure = Figure(figsize=(6 * columns, 4.5 * rows), layout="constrained")
     grid = figure.add_gridspec(max(1, rows), max(1, columns))
@@ -94,7 +94,11 @@ def neighbours(train: Samples, test: Samples) -> Figure:
     assert train.pictures is not None
     assert test.pictures is not None
     shown = torch.linspace(0, len(test.features) - 1, min(SHOWN, len(test.features))).long().tolist()
-    similarity, indices = nearest(test.features[shown], train.features, min(NEIGHBOURS, len(train.features)))
+    similarity, indices = nearest(
+        F.normalize(test.features[shown], dim=1),
+        F.normalize(train.features, dim=1),
+        min(NEIGHBOURS, len(train.features)),
+    )
     figure = Figure(figsize=(1.2 * (indices.shape[1] + 1), 1.4 * len(shown)), layout="constrained")
     axes = figure.subplots(len(shown), indices.shape[1] + 1, squeeze=False)
     for row, sample in enumerate(shown):
@@ -103,13 +107,14 @@ def neighbours(train: Samples, test: Samples) -> Figure:
             frame = None
             if train.labels is not None and test.labels is not None:
                 frame = RIGHT if train.labels[index] == test.labels[sample] else WRONG
-            _show(axes[row, column + 1], train.pictures[index], f"{value:.2f}", frame)
+            _show(axes[row, column + 1], train.pictures[index], f"{value:.3f}", frame)
     return figure
 
 
-def patches(images: Tensor, colours: Tensor | None, attention: Tensor | None) -> Figure:
-    """A column an image (N, H, W, 3), over its patches' colours (n, h, w, 3) and attention (n, h, w), where given."""
-    rows = [("image", images), ("patch tokens", colours), ("attention", attention)]
+def patches(images: Tensor, maps: Maps) -> Figure:
+    """A column for each of the first images (N, H, W, 3), over the maps of its patches."""
+    colours = None if maps.tokens is None else as_colours(maps.tokens)
+    rows = [("image", images), ("patch tokens", colours), ("attention", maps.attention)]
     given = [(name, values) for name, values in rows if values is not None]
     count = min(len(values) for _, values in given)
     figure = Figure(figsize=(1.8 * count + 0.4, 1.8 * len(given)), layout="constrained")
@@ -140,12 +145,13 @@ def _quality(axis: Axes, looks: History, probes: History) -> None:
         axis.plot(steps, percent, color="tab:green", label="kNN accuracy", **_marker(steps))
         axis.annotate(f"{percent[-1]:.1f}%", (steps[-1], percent[-1]), (0, -14), textcoords="offset points", ha="right")
         axis.set_ylabel("kNN accuracy, %", color="tab:green")
+        axis.set_ylim(top=min(axis.get_ylim()[1], 100.5))
     if looks:
         other = axis.twinx() if probes else axis
         steps = _column(looks, "step")
         other.plot(steps, _column(looks, "rankme"), color="tab:purple", label="RankMe", **_marker(steps))
         other.set_ylabel("RankMe of the embeddings", color="tab:purple")
-        other.set_ylim(bottom=0)
+        other.set_ylim(0, 1.08 * other.get_ylim()[1])
     names = ["kNN accuracy"] * bool(probes) + ["effective rank"] * bool(looks)
     axis.set_title(" and ".join(names))
 
@@ -156,7 +162,8 @@ def _schedules(figure: Figure, spec: Any, looks: History) -> None:
     for index, name in enumerate(names):
         axis = figure.add_subplot(grid[index])
         known = [look for look in looks if name in look]
-        axis.plot(_column(known, "step"), _column(known, name), color="tab:blue")
+        axis.plot(_column(known, "step"), _column(known, name), color="tab:blue", **_marker(known))
+        axis.set_xlim(*figure.axes[0].get_xlim())  # that of the loss
         axis.margins(y=0.25)
         axis.set_title(SCHEDULES[name], loc="left", fontsize="small", pad=3)
         axis.tick_params(labelsize="small", labelbottom=index == len(names) - 1)
@@ -164,7 +171,9 @@ def _schedules(figure: Figure, spec: Any, looks: History) -> None:
     axis.set_xlabel("optimizer steps")
 
 
-def _map(axis: Axes, components: Tensor, labels: Tensor | None) -> None:
+def _map(axis: Axes, features: Tensor, labels: Tensor | None) -> None:
+    components = principal_components(features, 2)
+    shares = (components.var(dim=0) / features.var(dim=0).sum()).nan_to_num().tolist()
     x, y = components.T.tolist()
     classes = [] if labels is None else labels.unique().tolist()
     if labels is None:
@@ -177,7 +186,8 @@ def _map(axis: Axes, components: Tensor, labels: Tensor | None) -> None:
             x, y = components[labels == label].T.tolist()
             axis.scatter(x, y, s=12, color=colours(index), label=str(label), linewidths=0)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, title="label", fontsize="small")
-    axis.set(title="Held-out features, principal components", xticks=[], yticks=[], xlabel="first", ylabel="second")
+    first, second = (f"{name}: {share:.0%} of the variance" for name, share in zip(AXES, shares, strict=True))
+    axis.set(title="Held-out features, principal components", xticks=[], yticks=[], xlabel=first, ylabel=second)
 
 
 def _show(axis: Axes, picture: Tensor, title: str = "", frame: str | None = None) -> None:
@@ -188,9 +198,16 @@ def _show(axis: Axes, picture: Tensor, title: str = "", frame: str | None = None
         spine.set(visible=frame is not None, edgecolor=frame, linewidth=2.5)
 
 
+def _shown_part(inputs: Tensor | None) -> str:
+    if inputs is None:
+        return ""
+    part = " Of volumes the middle slice is shown." if inputs.dim() == 5 else ""
+    return part + (" Of the channels the first is shown, or the first three." if inputs.shape[1] not in (1, 3) else "")
+
+
 def _column(history: History, name: str) -> list[float]:
     return [row[name] for row in history]
 
 
-def _marker(values: Sequence[float]) -> dict[str, Any]:
+def _marker(values: Sequence[Any]) -> dict[str, Any]:
     return {"marker": "."} if len(values) < 20 else {}

@@ -4,6 +4,8 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 
+from dino_head.diagnosis import COLLAPSES
+
 STYLE = """
 :root { color-scheme: light dark; --line: #d8dbe0; --soft: #f5f6f8; --ink: #1c1f24; --paper: #fff; --dim: #5b6470;
   --bad: #b3261e; --good: #1a7f37; }
@@ -26,18 +28,14 @@ li { overflow-wrap: anywhere; }
 def page(
     subtitle: str,
     figures: Mapping[str, str],
-    diagnoses: Sequence[str] | None,
+    verdict: str,
+    diagnoses: Sequence[str],
     pictures: Sequence[tuple[str, str, bytes]],
     receipts: Sequence[str],
 ) -> str:
-    """HTML of figures (name to value), what was diagnosed (None: nobody looked), pictures (with captions), receipts."""
+    """HTML of figures (name to value), the verdict or what was diagnosed, pictures (with captions), and receipts."""
     numbers = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in figures.items())
-    if diagnoses is None:
-        said = '<p class="dim">Nobody looked: there is no CollapseMonitorCallback in this Trainer.</p>'
-    elif diagnoses:
-        said = "".join(f'<p class="said bad">{_text(text)}</p>' for text in diagnoses)
-    else:
-        said = '<p class="said">Nothing is wrong, as far as the statistics of the loss can tell.</p>'
+    said = "".join(f'<p class="said {_weight(text)}">{_text(text)}</p>' for text in diagnoses)
     shown = "".join(
         f'<h2>{_text(title)}</h2><figure><img alt="{_text(title)}" src="data:image/png;base64,'
         f'{base64.b64encode(picture).decode()}"><figcaption>{_text(caption)}</figcaption></figure>'
@@ -49,11 +47,15 @@ def page(
 <title>DINO training report</title><style>{STYLE}</style></head><body>
 <h1>DINO training report</h1><p class="dim">{_text(subtitle)}</p>
 <dl>{numbers}</dl>
-<h2>Diagnosis</h2>{said}
+<h2>Diagnosis</h2>{said or f'<p class="dim">{_text(verdict)}</p>'}
 {shown}
-{f"<h2>What was kept</h2><ul>{kept}</ul>" if kept else ""}
+{f"<h2>Receipts of the callbacks</h2><ul>{kept}</ul>" if kept else ""}
 </body></html>
 """
+
+
+def _weight(diagnosis: str) -> str:
+    return "bad" if diagnosis.split(":")[0] in COLLAPSES else "mild"
 
 
 def _text(value: str) -> str:

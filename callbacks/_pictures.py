@@ -78,6 +78,13 @@ def thumbnails(inputs: Any) -> Tensor | None:
     return ((images - low) / (high - low).clamp(min=1e-12)).nan_to_num().movedim(1, -1)
 
 
+class Maps(NamedTuple):
+    """Of the patches of some images, what the backbone offers: tokens (B, h, w, D) and attention (B, h, w)."""
+
+    tokens: Tensor | None = None
+    attention: Tensor | None = None
+
+
 def principal_components(features: Tensor, count: int) -> Tensor:
     """Features (N, D) -> coordinates (N, count) along the axes of largest variance, zeros where there are fewer."""
     centered = (features - features.mean(dim=0)).double()
@@ -96,6 +103,8 @@ def patch_tokens(backbone: Any, images: Tensor) -> Tensor | None:
     if not hasattr(backbone, "get_intermediate_layers") or images.dim() != 4:
         return None
     tokens: Tensor = backbone.get_intermediate_layers(images, n=1)[0]
+    if tokens.dim() != 3:
+        raise ValueError(f"get_intermediate_layers is to give tokens (B, N, D), and gives {tuple(tokens.shape)}")
     height, width = _grid(backbone, tokens.shape[1], images)
     patches = tokens[:, tokens.shape[1] - height * width :].float().cpu()
     return patches.reshape(len(images), height, width, -1)
@@ -109,6 +118,8 @@ def attention_maps(backbone: Any, images: Tensor) -> Tensor | None:
     if not hasattr(backbone, "get_last_selfattention") or images.dim() != 4:
         return None
     attention: Tensor = backbone.get_last_selfattention(images)
+    if attention.dim() != 4:
+        raise ValueError(f"get_last_selfattention is to give (B, heads, N, N), and gives {tuple(attention.shape)}")
     height, width = _grid(backbone, attention.shape[-1], images)
     return attention[:, :, 0, -height * width :].mean(dim=1).float().cpu().reshape(len(images), height, width)
 

@@ -79,7 +79,7 @@ class AfterOptimizerStep(Callback):
 
     def require_steps(self, trainer: Trainer, seen: int) -> None:
         """Refuse a run whose optimizer steps cannot be seen; for the end of an epoch."""
-        if seen == 0 and trainer.global_step == 0:
+        if seen == 0 and trainer.global_step == 0 and not trainer.should_stop:
             raise MisconfigurationException(
                 f"{type(self).__name__} counts optimizer steps, and saw none in a whole epoch: with manual "
                 "optimization, step the optimizers that self.optimizers() returns; Lightning does not see the steps "

@@ -2,30 +2,23 @@
 
 import math
 from collections import deque
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dino_head._arguments import check_integer
-from dino_head.callbacks._look import Look, fingerprints, scheduled
-from dino_head.diagnosis import HEALTHY, diagnose
+from dino_head.callbacks._access import find_submodule
+from dino_head.callbacks._look import Look, Pairs, Weights, known_pairs
+from dino_head.callbacks._pairs import PAIRS
+from dino_head.diagnosis import COLLAPSES, diagnose
 from dino_head.losses import DINOLoss
-from dino_head.metrics import statistics_of
+from dino_head.metrics import effective_rank, statistics_of
 
 MOST_LOOKS = 1000  # that are remembered
-
-
-class Seen(NamedTuple):
-    """What is kept of a look."""
-
-    sums: dict[str, Tensor]  # of its DINOStatistics
-    loss: float
-    rankme: float
-    weights: list[tuple[list[int], list[int]]]
 
 
 class CollapseMonitorCallback(Callback):
@@ -40,16 +33,19 @@ class CollapseMonitorCallback(Callback):
     values at once, the progress bar shows `dino/loss_per_lnK`, and ModelCheckpoint and EarlyStopping may monitor any
     (`dino/rankme` with mode="max" where there are no labels): they see those of the last look.
 
-    From the averages of the last `patience` looks `diagnose` is asked what is wrong; each case is said once, as a
-    warning, or as mere information where the loss only seems to be stuck.
+    From the averages of the last `patience` looks (the rank being that of all their embeddings) `diagnose` is asked
+    what is wrong; each case is said once, with the time at which it was seen: a collapse as a warning, what may be as
+    it should as information. Whether the teacher follows is asked of the weights since training began.
 
     Training is bitwise the same with and without it. Between looks nothing is kept on the device.
 
     Args:
         every_n_steps: training batches from one look to the next; the first batch is looked at.
         patience: looks that a diagnosis averages over.
-        stop: whether a collapse ends the run, as EarlyStopping does.
+        stop: whether a collapse ends the run, as EarlyStopping does; dead prototypes, which may do no harm, do not.
         loss: name of the DINOLoss, as `named_modules()` lists it; None: the only one.
+        pairs: names of the (student, teacher) submodules; None: those of TeacherUpdateCallback, else `student` and
+            `teacher`.
 
     Attributes:
         history: of each look its values, `epoch`, `step` (optimizer steps) and what is scheduled; of a long run 1,000
@@ -58,23 +54,32 @@ class CollapseMonitorCallback(Callback):
 
     Raises:
         ValueError: an argument out of range.
-        MisconfigurationException: no DINOLoss, or several and none named, or one that is not called in training.
+        MisconfigurationException: when training starts: no DINOLoss, or several and none named.
     """
 
     def __init__(
-        self, every_n_steps: int = 50, *, patience: int = 10, stop: bool = False, loss: str | None = None
+        self,
+        every_n_steps: int = 50,
+        *,
+        patience: int = 10,
+        stop: bool = False,
+        loss: str | None = None,
+        pairs: Sequence[tuple[str, str]] | None = None,
     ) -> None:
         check_integer("every_n_steps", every_n_steps, 1)
         check_integer("patience", patience, 1)
         self.every_n_steps, self.patience, self.stop, self.loss = every_n_steps, patience, stop, loss
+        self.pairs = pairs
         self.history: list[dict[str, float]] = []
         self.diagnoses: list[str] = []
-        self._batches = 0  # begun so far
+        self._batches, self._looks = 0, 0  # so far
         self._stride = 1  # of how many looks one is remembered
         self._is_due = False  # as the last look has seen nothing
         self._module: DINOLoss | None = None
+        self._pairs: Pairs = ()
         self._look: Look | None = None
-        self._recent: deque[Seen] = deque(maxlen=patience)
+        self._recent: deque[dict[str, Tensor]] = deque(maxlen=patience)  # sums of the last looks
+        self._first_weights: Weights | None = None  # fingerprints of the first look since training began
 
     @property
     def receipt(self) -> str | None:
@@ -84,14 +89,20 @@ class CollapseMonitorCallback(Callback):
         last = self.history[-1]
         cases = ", ".join(text.split(":")[0] for text in self.diagnoses)
         return (
-            f"watched {self._batches} batches, last with loss {last['loss']:.3f} = {last['loss_per_lnK']:.3f} ln K, of "
-            f"which {last['kl']:.3f} KL, and RankMe {last['rankme']:.1f}; diagnosis: {cases or 'none'}"
+            f"looked at {self._looks} of {self._batches} batches, last with loss {last['loss']:.3f} = "
+            f"{last['loss_per_lnK']:.3f} ln K, of which {last['kl']:.3f} KL, and RankMe {last['rankme']:.1f}; "
+            f"diagnosis: {cases or ('none' if self.has_judged else 'too early')}"
         )
+
+    @property
+    def has_judged(self) -> bool:
+        """Whether there were looks enough for a diagnosis."""
+        return self._looks >= self.patience
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, before a checkpoint is loaded."""
         if stage == "fit" and trainer.global_step == 0 and trainer.current_epoch == 0:
-            self._batches, self._stride, self.history, self.diagnoses = 0, 1, [], []
+            self._batches, self._looks, self._stride, self.history, self.diagnoses = 0, 0, 1, [], []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the loss."""
@@ -104,14 +115,23 @@ class CollapseMonitorCallback(Callback):
                 "dino_head.metrics.DINOStatistics in training_step"
             )
         (self._module,) = chosen.values()
-        self._is_due = False
+        self._pairs = known_pairs(trainer, pl_module) if self.pairs is None else self.pairs
+        for name in (name for pair in self._pairs for name in pair):
+            find_submodule(pl_module, name, PAIRS)
+        if not self._pairs:
+            rank_zero_warn(
+                "CollapseMonitorCallback cannot see whether the teacher follows: there is neither a "
+                "TeacherUpdateCallback nor a student and a teacher in the module; name yours with "
+                f"CollapseMonitorCallback({PAIRS})"
+            )
+        self._is_due, self._first_weights = False, None
         self._recent.clear()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Listen to the loss, if it is this batch's turn."""
         self._end_look()  # of a batch that was left out
         if (self._is_due or self._batches % self.every_n_steps == 0) and self._module is not None:
-            self._look = Look(self._module)
+            self._look = Look(self._module, trainer, pl_module, self._pairs)
         self._batches += 1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -122,30 +142,29 @@ class CollapseMonitorCallback(Callback):
         self._is_due = not trainer.strategy.reduce_boolean_decision(look.statistics is not None)
         if self._is_due:  # a batch that some process has left out: the next one will do
             return
-        sums, rankme = look.gather()
-        values = {name: value.item() for name, value in statistics_of(sums).items()}
-        self._recent.append(Seen(sums, values["loss"], rankme, fingerprints(trainer, pl_module)))
-        averages = self._averages(trainer)
+        self._recent.append(look.gather())
+        averages = {**_values(_total(self._recent)), **self._changes(trainer, look)}
+        values = _values(self._recent[-1])
         values |= {name: averages[name] for name in ("prototypes_used", "prototypes_effective")}
-        values["rankme"] = rankme
         del values["rows"], values["output_dim"]
         self._log(trainer, pl_module, {f"dino/{name}": value for name, value in values.items()})
         moment = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
-        self._remember({**moment, **values, **scheduled(trainer, look)})
+        self._remember({**moment, **values, **look.scheduled})
         if len(self._recent) == self.patience or not math.isfinite(values["loss"]):
             self._say(trainer, diagnose(averages))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse to watch what never happens."""
+        """Say so if there was nothing to see."""
         if self._is_due and not self.history:
-            raise MisconfigurationException(
-                "CollapseMonitorCallback listens to the DINOLoss of the module, and that was not called in an epoch: "
-                "call it as loss(teacher, student)"
+            rank_zero_warn(
+                f"CollapseMonitorCallback has seen nothing in epoch {trainer.current_epoch}: the DINOLoss of the "
+                "module was not called, as loss(teacher_out, student_out)"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen no longer, and say what was seen."""
         self._end_look()
+        self._module = None
         rank_zero_info(self.receipt)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -154,12 +173,12 @@ class CollapseMonitorCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen and said. In a run that goes on, averages begin anew."""
-        seen = {"batches": self._batches, "history": self.history, "stride": self._stride}
-        return {**seen, "diagnoses": self.diagnoses, "receipt": self.receipt}
+        counts = {"batches": self._batches, "looks": self._looks, "stride": self._stride}
+        return {**counts, "history": self.history, "diagnoses": self.diagnoses, "receipt": self.receipt}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with it."""
-        self._batches, self._stride = state_dict["batches"], state_dict["stride"]
+        self._batches, self._looks, self._stride = (state_dict[name] for name in ("batches", "looks", "stride"))
         self.history, self.diagnoses = state_dict["history"], state_dict["diagnoses"]
 
     def _end_look(self) -> Look | None:
@@ -169,31 +188,29 @@ class CollapseMonitorCallback(Callback):
         return look
 
     def _remember(self, values: dict[str, float]) -> None:
-        earlier = (self._batches - 1) // self.every_n_steps  # looks; the last one stays until the next comes
-        self.history = self.history[: -(-earlier // self._stride)]
+        self.history = self.history[: -(-self._looks // self._stride)]  # the last one stays until the next comes
+        self._looks += 1
         if len(self.history) >= MOST_LOOKS:
             self.history, self._stride = self.history[::2], 2 * self._stride
         self.history.append(values)
 
-    def _averages(self, trainer: Trainer) -> dict[str, float]:
-        """Of the last looks, as `diagnose` takes them."""
-        total = {
-            name: torch.stack([seen.sums[name] for seen in self._recent]).sum(dim=0) for name in self._recent[0].sums
-        }
-        averages = {name: value.item() for name, value in statistics_of(total).items()}
-        averages["rankme"] = sum(seen.rankme for seen in self._recent) / len(self._recent)
-        losses = [seen.loss for seen in self._recent]
+    def _changes(self, trainer: Trainer, look: Look) -> dict[str, float]:
+        """What `diagnose` takes beside statistics: how the loss has changed, and whether the teacher follows."""
+        losses = [(sums["loss"] / sums["samples"]).item() for sums in self._recent]
         half = len(losses) // 2
-        if half:
-            averages["loss_change"] = sum(losses[-half:]) / sum(losses[:half]) - 1
+        changes = {}
+        if half and sum(losses[:half]) > 0:
+            changes["loss_change"] = sum(losses[-half:]) / sum(losses[:half]) - 1
+        if self._first_weights is None:
+            self._first_weights = look.weights
         stands = any(
             students != students_now and teachers == teachers_now
             for (students, teachers), (students_now, teachers_now) in zip(
-                self._recent[0].weights, self._recent[-1].weights, strict=True
+                self._first_weights, look.weights, strict=True
             )
         )
-        averages["teacher_follows"] = float(not trainer.strategy.reduce_boolean_decision(stands, all=False))
-        return averages
+        changes["teacher_follows"] = float(not trainer.strategy.reduce_boolean_decision(stands, all=False))
+        return changes
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
         # Directly, as Lightning would send them to the loggers with its next line, and with each one after it.
@@ -206,11 +223,21 @@ class CollapseMonitorCallback(Callback):
     def _say(self, trainer: Trainer, text: str | None) -> None:
         if text is None:
             return
-        is_collapse = not text.startswith(HEALTHY)
-        if text.split(":")[0] not in {said.split(":")[0] for said in self.diagnoses}:
-            self.diagnoses.append(text)
-            (rank_zero_warn if is_collapse else rank_zero_info)(
-                f"epoch {trainer.current_epoch}, step {trainer.global_step}: {text}"
-            )
-        if self.stop and is_collapse:
+        case = text.split(":")[0]
+        if case not in {said.split(":")[0] for said in self.diagnoses}:
+            said = f"{text} (seen in epoch {trainer.current_epoch}, step {trainer.global_step})"
+            self.diagnoses.append(said)
+            (rank_zero_warn if case in COLLAPSES else rank_zero_info)(said)
+        if self.stop and case in COLLAPSES:
             trainer.should_stop = True
+
+
+def _total(looks: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    first, *others = looks
+    return {name: sum((look[name] for look in others), start=value) for name, value in first.items()}
+
+
+def _values(sums: dict[str, Tensor]) -> dict[str, float]:
+    """What the metrics compute from the sums of a look, or of several."""
+    values = {name: value.item() for name, value in statistics_of(sums).items()}
+    return {**values, "rankme": effective_rank(sums["products"], sums["embeddings"]).item()}

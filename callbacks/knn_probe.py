@@ -18,20 +18,23 @@ class KNNProbeCallback(Callback):
         Trainer(callbacks=[KNNProbeCallback(train, test), ModelCheckpoint(monitor="knn/top1", mode="max"), ...])
 
     The training samples vote on the test samples (`KNNAccuracy`); neither takes part in the training. Probed are the
-    first, each `every_n_epochs`th and the last epoch: in their validation, where ModelCheckpoint looks for the value,
-    else at their end.
+    first, each `every_n_epochs`th and the last epoch (by max_epochs or max_steps): in their validation, where
+    ModelCheckpoint looks for the value, else at their end. In between the value stays: give ModelCheckpoint and
+    EarlyStopping the same `every_n_epochs`, or see that they do not take it for that of later weights.
 
     Batches are (inputs, labels), or (inputs, labels, groups) where samples of one patient, slide or scene are not to
-    vote for each other. They are moved to the device and given to `module` in evaluation mode, under the Trainer's
-    precision. Several processes divide the work.
+    vote for each other. The inputs are moved to the device and given to `module` as the loader has them (hooks such as
+    on_after_batch_transfer are not called), in evaluation mode and under the Trainer's precision. Several processes
+    divide the work.
 
     Training is bitwise the same with and without it: modes, random states and the order of training samples are left
-    alone. What makes a probe impossible (no labels, fewer voters than k, one class, features that are not finite, no
-    data) is said in a warning, and training goes on without a value.
+    alone (but for random numbers that a dataset keeps to itself and that training shares with the probe). What makes a
+    probe impossible (no labels, fewer voters than k, one class, features that are not finite, no data, an error while
+    they are loaded) is said in a warning, and training goes on without a value.
 
     Args:
-        train: loader of labelled samples that vote, without augmentation; None: the datamodule's, the first of what its
-            `knn_dataloaders()` gives, or else train_dataloader().
+        train: loader of labelled samples that vote, without augmentation; None: the datamodule's (or the
+            LightningModule's): the first of what its `knn_dataloaders()` gives, or else train_dataloader().
         test: loader of labelled samples that are voted on; None: the second of knn_dataloaders(), or val_dataloader(),
             or test_dataloader().
         module: name of a submodule of the LightningModule that gives features (B, D), as `named_modules()` lists it;
@@ -70,6 +73,7 @@ class KNNProbeCallback(Callback):
         self.every_n_epochs, self.max_samples = every_n_epochs, max_samples
         self.history: list[dict[str, float]] = []
         self._loaders: Loaders | None = None  # while it trains
+        self._last: tuple[int, int] | None = None  # epoch and step of the last attempt
         self._warned: set[str] = set()
 
     @property
@@ -85,7 +89,7 @@ class KNNProbeCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, before a checkpoint is loaded."""
-        self._loaders = None
+        self._loaders = self._last = None
         if stage == "fit" and trainer.global_step == 0 and trainer.current_epoch == 0:
             self.history = []
 
@@ -101,8 +105,7 @@ class KNNProbeCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Probe, if no validation has."""
-        last = self.history[-1] if self.history else {}
-        if (last.get("epoch"), last.get("step")) != (trainer.current_epoch, trainer.global_step):
+        if self._last != (trainer.current_epoch, trainer.global_step):
             self._probe(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,9 +123,10 @@ class KNNProbeCallback(Callback):
 
     def _probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch
-        is_last = epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        is_last = epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
         if self._loaders is None or not (epoch == 0 or (epoch + 1) % self.every_n_epochs == 0 or is_last):
             return
+        self._last = epoch, trainer.global_step
         try:
             with evaluation(pl_module):
                 top1 = self._accuracy(trainer, pl_module, self._loaders)

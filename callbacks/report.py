@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 
 from dino_head._arguments import check_integer
 from dino_head.callbacks._access import find_submodule
-from dino_head.callbacks._features import evaluation, is_sharded, labelled_loaders
+from dino_head.callbacks._features import Loaders, as_text, evaluation, is_sharded, labelled_loaders
 from dino_head.callbacks._page import page
-from dino_head.callbacks._pictures import Samples, take_samples
+from dino_head.callbacks._pictures import Maps, Samples, attention_maps, patch_tokens, take_samples
 from dino_head.callbacks.collapse_monitor import CollapseMonitorCallback
 from dino_head.callbacks.knn_probe import KNNProbeCallback
 
+NO_IMAGES = "No images: give ReportCallback or KNNProbeCallback two loaders. "
 Kind = TypeVar("Kind", bound=Callback)
 
 
@@ -38,7 +38,8 @@ class ReportCallback(Callback):
     The page is one file without links to others. It is written after each validation, in a run without validation
     every `every_n_epochs` epochs, and at the end; each file appears whole or not at all. Loggers that take images
     (`log_image`, or an `experiment` with `add_image`) get the pictures too. What cannot be drawn is said in a warning,
-    and training goes on; it is bitwise the same with and without the report. Needs matplotlib.
+    and training goes on; it is bitwise the same with and without the report. `fast_dev_run` writes none. Needs
+    matplotlib.
 
     Args:
         dirpath: folder for the files; None: the logger's, or the Trainer's default_root_dir.
@@ -51,7 +52,8 @@ class ReportCallback(Callback):
 
     Raises:
         ValueError: an argument out of range.
-        MisconfigurationException: when training starts: a report of another run in the folder, or no such module.
+        MisconfigurationException: when training starts: a report of another run in the folder, one loader without the
+            other, or no such module.
         ModuleNotFoundError: no matplotlib.
     """
 
@@ -70,6 +72,7 @@ class ReportCallback(Callback):
         self.dirpath, self.train, self.test, self.module = dirpath, train, test, module
         self.every_n_epochs, self.max_samples = every_n_epochs, max_samples
         self._folder = Path()
+        self._source: tuple[str, Loaders] | None = None
         self._written, self._seconds = 0, 0.0
 
     @property
@@ -93,6 +96,8 @@ class ReportCallback(Callback):
             raise MisconfigurationException(
                 f"{self._folder} holds the report of another run: move it away, or give ReportCallback another dirpath"
             )
+
+        self._source = self._find_source(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """In a run without validation: when all callbacks are done with the epoch before."""
@@ -119,61 +124,83 @@ class ReportCallback(Callback):
         self._written, self._seconds = state_dict["written"], state_dict["seconds"]
 
     def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         start = time.perf_counter()
         try:
             with evaluation(pl_module):
                 self._draw(trainer, pl_module, start)
-        except (ValueError, RuntimeError, OSError) as error:
-            rank_zero_warn(f"no report in epoch {trainer.current_epoch}, and training goes on: {error}")
+        except Exception as error:  # a picture is not worth a run
+            rank_zero_warn(f"no report in epoch {trainer.current_epoch}, and training goes on: {as_text(error)}")
             return
         self._written += 1
         self._seconds += time.perf_counter() - start
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, start: float) -> None:
         monitor, probe = _find(trainer, CollapseMonitorCallback), _find(trainer, KNNProbeCallback)
-        try:
-            train, test, module = self._samples(trainer, pl_module, probe)
-        except (ValueError, RuntimeError) as error:
-            rank_zero_warn(f"a report without images in epoch {trainer.current_epoch}, and training goes on: {error}")
-            train = test = module = None
+        train, test, maps = self._images(trainer, pl_module)
         if not trainer.is_global_zero:
             return
         looks, probes = monitor.history if monitor else [], probe.history if probe else []
         pictures = []
-        for name, title, caption, figure in _figures().draw(looks, probes, train, test, module):
+        for name, title, caption, figure in _figures().draw(looks, probes, train, test, maps):
             png = io.BytesIO()
             figure.savefig(png, format="png", dpi=100)
             pictures.append((title, caption, png.getvalue()))
             file = self._folder / f"{name}.png"
             replace_file(file, png.getvalue())
             _send(trainer, f"report/{name}", file)
-        where = f"{type(pl_module).__name__}: epoch {trainer.current_epoch}, {trainer.global_step} optimizer steps."
-        subtitle = f"{where} Drawn in {time.perf_counter() - start:.1f} s."
+        subtitle = (
+            f"{type(pl_module).__name__} after {trainer.current_epoch} whole epochs, {trainer.global_step} optimizer "
+            f"steps. Figures are those of the last look. {'' if self._source else NO_IMAGES}"
+            f"Drawn in {time.perf_counter() - start:.1f} s."
+        )
         receipts = [getattr(c, "receipt", None) for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
         text = page(
             subtitle,
             _numbers(looks, probes),
-            monitor.diagnoses if monitor else None,
+            _verdict(monitor),
+            monitor.diagnoses if monitor else [],
             pictures,
             [receipt for receipt in receipts if isinstance(receipt, str)],
         )
         replace_file(self._folder / "report.html", text.encode())
 
-    def _samples(
-        self, trainer: Trainer, pl_module: LightningModule, probe: KNNProbeCallback | None
-    ) -> tuple[Samples | None, Samples | None, nn.Module | None]:
-        """Training and held-out samples, and the module that gives their features; None where there are no loaders."""
+    def _images(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Samples | None, Samples | None, Maps]:
+        """Training and held-out samples, and maps of the first held-out ones; what fails is said and left out."""
+        train = test = None
+        maps = Maps()
+        if self._source is None:
+            return train, test, maps
+        name, loaders = self._source
+        module = find_submodule(pl_module, name, "module=...")
+        if not trainer.is_global_zero and not is_sharded(module):
+            return train, test, maps
+        try:
+            train, test = (take_samples(trainer, pl_module, module, loader, self.max_samples) for loader in loaders)
+            if test.inputs is not None:
+                maps = Maps(patch_tokens(module, test.inputs), attention_maps(module, test.inputs))
+        except Exception as error:  # of whatever is in the data or the module
+            rank_zero_warn(
+                f"a report with fewer pictures in epoch {trainer.current_epoch}, and training goes on: {as_text(error)}"
+            )
+        return train, test, maps
+
+    def _find_source(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, Loaders] | None:
+        """Module and loaders: those given, KNNProbeCallback's, or the datamodule's; None if there are none."""
         train, test, name = self.train, self.test, self.module
+        probe = _find(trainer, KNNProbeCallback)
         if probe is not None and train is None and test is None:
             train, test, name = probe.train, probe.test, probe.module
-        if train is None and test is None and trainer.datamodule is None:  # type: ignore[attr-defined]
-            return None, None, None
-        module = find_submodule(pl_module, name, "module=...")
-        loaders = labelled_loaders(trainer, train, test, type(self).__name__)
-        if not trainer.is_global_zero and not is_sharded(module):
-            return None, None, None
-        of_train, of_test = (take_samples(trainer, pl_module, module, loader, self.max_samples) for loader in loaders)
-        return of_train, of_test, module
+        try:
+            with evaluation(pl_module):  # making loaders may draw random numbers
+                loaders = labelled_loaders(trainer, train, test, type(self).__name__)
+        except MisconfigurationException:
+            if train is not None or test is not None:
+                raise
+            return None
+        find_submodule(pl_module, name, "module=...")
+        return name, loaders
 
 
 def replace_file(file: Path, content: bytes) -> None:
@@ -199,6 +226,15 @@ def _find(trainer: Trainer, kind: type[Kind]) -> Kind | None:
     return next((callback for callback in trainer.callbacks if isinstance(callback, kind)), None)  # type: ignore[attr-defined]
 
 
+def _verdict(monitor: CollapseMonitorCallback | None) -> str:
+    """What to say where nothing was diagnosed."""
+    if monitor is None:
+        return "Nobody looked: there is no CollapseMonitorCallback in this Trainer."
+    if not monitor.has_judged:
+        return f"Too early to tell: a diagnosis needs {monitor.patience} looks."
+    return "Nothing is wrong, as far as the statistics of the loss can tell."
+
+
 def _numbers(looks: list[dict[str, float]], probes: list[dict[str, float]]) -> dict[str, str]:
     """The last values, by their names on the page."""
     numbers = {}
@@ -208,6 +244,7 @@ def _numbers(looks: list[dict[str, float]], probes: list[dict[str, float]]) -> d
         numbers["teacher entropy"] = f"{look['teacher_entropy']:.3f}"
         numbers["KL"] = f"{look['kl']:.3f}"
         numbers["RankMe"] = f"{look['rankme']:.1f}"
+        numbers["prototypes, effective"] = f"{look['prototypes_effective']:.1f}"
     for probe in probes[-1:]:
         numbers["kNN top-1"] = f"{100 * probe['top1']:.2f}%"
     return numbers

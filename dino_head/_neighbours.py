@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def nearest(
@@ -18,11 +17,11 @@ def nearest(
     excluded: tuple[Tensor, Tensor] | None = None,
     chunk_bytes: int = 2**26,
 ) -> tuple[Tensor, Tensor]:
-    """The k most similar candidates (N, D) of each of some features (n, D).
+    """The k most similar candidates of each of some features.
 
     Args:
-        features: (n, D).
-        candidates: (N, D), N >= k.
+        features: unit vectors (n, D).
+        candidates: unit vectors (N, D), N >= k.
         k: how many.
         excluded: groups (n,) and (N,); candidates of a sample's own group are left out.
         chunk_bytes: memory for similarities (at least those of one sample to all candidates).
@@ -34,10 +33,10 @@ def nearest(
         ValueError: a sample without a candidate outside of its group.
     """
     with torch.autocast(features.device.type, enabled=False):
-        unit, others = F.normalize(features.float(), dim=1), F.normalize(candidates.float(), dim=1)
         found = []
-        for rows in torch.arange(len(unit), device=unit.device).split(max(1, chunk_bytes // (4 * len(others)))):
-            similarity = unit[rows] @ others.T
+        size = max(1, chunk_bytes // (4 * len(candidates)))
+        for rows in torch.arange(len(features), device=features.device).split(size):
+            similarity = features[rows] @ candidates.T
             if excluded is not None:
                 similarity.masked_fill_(excluded[0][rows, None] == excluded[1], -math.inf)
             found.append(similarity.topk(k))
@@ -45,7 +44,8 @@ def nearest(
     alone = int(values[:, 0].isneginf().sum())
     if alone:
         raise ValueError(
-            f"{alone} of {len(unit)} samples have no neighbour outside of their own group: give voters of more groups"
+            f"{alone} of {len(features)} samples have no neighbour outside of their own group: give voters of more "
+            "groups"
         )
     return values, indices
 

@@ -1,10 +1,12 @@
 """What the statistics of a run say, in words: is it a collapse, and which knob is to be turned?"""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import SupportsFloat
 
-HEALTHY = "no collapse"  # how the diagnosis of a run that only looks stuck begins
+# The cases in which a run is lost; the others may be as they should.
+COLLAPSES = ("not finite", "teacher does not follow", "one-hot collapse", "uniform teacher", "dimensional collapse")
 
 UNIFORM = 0.98  # of ln K
 FEW_PROTOTYPES = 2.0  # effective number
@@ -22,10 +24,11 @@ def diagnose(statistics: Mapping[str, SupportsFloat]) -> str | None:
 
     - not finite: any of the values;
     - teacher does not follow: its weights stayed bitwise what they were while the student's moved;
-    - one-hot collapse: an effective number of prototypes below 2, so that all images get the same one;
+    - one-hot collapse: an effective number of prototypes below 2 (1.5 of two), so that all images get the same one;
     - uniform teacher: its entropy and the student's are above 0.98 ln K;
     - dimensional collapse: RankMe below 2;
-    - dead prototypes: fewer than 5% of those that so many rows could have reached win for any;
+    - dead prototypes: fewer than 5% of those that so many rows could have reached win for any. With images of few
+      kinds that is no harm;
     - no collapse: a loss above 0.8 ln K that moves by less than 1%, with K >= 4096, and none of the above. That loss is
       the teacher's own entropy, which grows with K.
 
@@ -41,14 +44,13 @@ def diagnose(statistics: Mapping[str, SupportsFloat]) -> str | None:
     'uniform teacher'
     """
     # A missing value is NaN, and no comparison with it holds.
-    values = {name: float(value) for name, value in statistics.items()}
-    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    seen = defaultdict(lambda: math.nan, {name: float(value) for name, value in statistics.items()})
+    broken = [name for name, value in seen.items() if not math.isfinite(value)]
     if broken:
         return (
             f"not finite: {', '.join(broken)}. Look at images, augmentation and weights for NaN or inf; lower the "
             "learning rate, clip gradients, use bf16 in place of fp16"
         )
-    seen = _Missing(values)
     for case in (_teacher_stands, _one_hot, _uniform, _low_rank, _dead_prototypes, _large_k):
         found = case(seen)
         if found is not None:
@@ -56,22 +58,17 @@ def diagnose(statistics: Mapping[str, SupportsFloat]) -> str | None:
     return None
 
 
-class _Missing(dict[str, float]):
-    def __missing__(self, name: str) -> float:
-        return math.nan
-
-
 def _teacher_stands(seen: Mapping[str, float]) -> str | None:
     if seen["teacher_follows"] == 0:
         return (
-            "teacher does not follow: its weights are bitwise what they were, while the student's have moved. Add "
+            "teacher does not follow: its weights are bitwise what they were, and the student's have moved. Add "
             "TeacherUpdateCallback to the Trainer, with pairs that name this teacher, and a momentum below 1"
         )
     return None
 
 
 def _one_hot(seen: Mapping[str, float]) -> str | None:
-    if seen["prototypes_effective"] < FEW_PROTOTYPES:
+    if seen["prototypes_effective"] < min(FEW_PROTOTYPES, 0.75 * seen["output_dim"]):
         return (
             f"one-hot collapse: all images get the same prototype (effective number {seen['prototypes_effective']:.2f} "
             f"of {seen['output_dim']:.0f}, teacher entropy {seen['teacher_entropy']:.3f} nats, KL {seen['kl']:.3f}). "
@@ -109,8 +106,8 @@ def _dead_prototypes(seen: Mapping[str, float]) -> str | None:
     if used < DEAD * reachable:
         return (
             f"dead prototypes: {used:.0f} of {count:.0f} win for any of {rows:.0f} rows, where {reachable:.0f} could "
-            "have. Lower output_dim (some times the number of kinds of images is enough), freeze the last layer for "
-            "longer, or use centering='sinkhorn'"
+            "have. If the images are of more kinds than that, freeze the last layer for longer or use "
+            "centering='sinkhorn'; otherwise it is no harm, and a smaller output_dim saves time"
         )
     return None
 
@@ -119,7 +116,7 @@ def _large_k(seen: Mapping[str, float]) -> str | None:
     is_flat = seen["loss_per_lnK"] > LARGE_LOSS and abs(seen["loss_change"]) < FLAT
     if is_flat and seen["output_dim"] >= LARGE_K:
         return (
-            f"{HEALTHY}: the loss of {seen['loss']:.2f} nats is flat at {seen['loss_per_lnK']:.2f} ln K because K = "
+            f"no collapse: the loss of {seen['loss']:.2f} nats is flat at {seen['loss_per_lnK']:.2f} ln K because K = "
             f"{seen['output_dim']:.0f} is large: {seen['teacher_entropy']:.2f} of it are the teacher's own entropy, "
             f"which no student can lower, and {seen['kl']:.2f} are KL, in which it learns. Watch KL and kNN; a lower "
             "teacher temperature or fewer prototypes lower the entropy"

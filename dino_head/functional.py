@@ -69,13 +69,7 @@ def dino_loss(
     teacher, student = stacked(teacher_out), stacked(student_out)
     check_sides(teacher, student)
     teacher = _detached(teacher)
-    if isinstance(center, Tensor):
-        if center.numel() != output_dim(teacher):
-            raise ValueError(
-                f"center must be a number or hold one for each of K = {output_dim(teacher)} prototypes, got "
-                f"{tuple(center.shape)}: give loss and head the same output_dim"
-            )
-        center = center.flatten()
+    center = flat_center(center, teacher)
     if not torch.is_grad_enabled():
         student = _detached(student)
     temperatures = float(teacher_temp), float(student_temp)
@@ -176,6 +170,18 @@ def stacked(out: Logits) -> Tensor | FactoredLogits:
         if not tensor.is_floating_point():
             raise ValueError(f"the loss expects floating-point logits, got {tensor.dtype}: convert with .float()")
     return out
+
+
+def flat_center(center: Tensor | float, teacher: Tensor | FactoredLogits) -> Tensor | float:
+    """The center as (K,) or a number, checked."""
+    if not isinstance(center, Tensor):
+        return center
+    if center.numel() != output_dim(teacher):
+        raise ValueError(
+            f"center must be a number or hold one for each of K = {output_dim(teacher)} prototypes, got "
+            f"{tuple(center.shape)}: give loss and head the same output_dim"
+        )
+    return center.flatten()
 
 
 def output_dim(out: Tensor | FactoredLogits) -> int:

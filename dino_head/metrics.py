@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from dino_head._arguments import check_integer, check_number
 from dino_head._neighbours import check_finite, check_labelled, nearest, vote
-from dino_head.functional import BLOCK_BYTES, Logits, check_sides, output_dim, stacked
+from dino_head.functional import BLOCK_BYTES, Logits, check_sides, flat_center, output_dim, stacked
 from dino_head.prototypes import FactoredLogits
 
 
@@ -76,11 +76,12 @@ class DINOStatistics(_Plotted):
         check_integer("output_dim", output_dim, 2, " (a distribution over one prototype says nothing)")
         check_integer("max_rows", max_rows, 1)
         self.output_dim, self.max_rows = output_dim, max_rows
-        # Sums over samples: entropies and loss of a sample are means over its views.
+        # Sums over samples: entropies and loss of a sample are means over its views. In float64, as the KL is a
+        # small difference of large sums.
         for name in ("teacher_entropy", "student_entropy", "loss", "samples", "rows"):
-            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
+            self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("wins", "assignment"):
-            self.add_state(name, torch.zeros(output_dim), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(output_dim, dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(
@@ -106,8 +107,7 @@ class DINOStatistics(_Plotted):
                 f"the statistics were made for {self.output_dim} prototypes (output_dim), got {output_dim(teacher)}: "
                 "give head and statistics the same output_dim"
             )
-        if isinstance(center, Tensor):
-            center = center.flatten()
+        center = flat_center(center, teacher)
         views = len(_by_view(teacher)) + len(_by_view(student))
         samples = torch.arange(_by_view(teacher).shape[1], device=self.wins.device)
         if isinstance(teacher, FactoredLogits):
@@ -117,8 +117,8 @@ class DINOStatistics(_Plotted):
             # Each step below makes some tensors of a block's size.
             for part in samples.split(max(1, BLOCK_BYTES // 4 // (4 * self.output_dim * views))):
                 self._add(
-                    ((_logits(teacher, part) - center) / teacher_temp).log_softmax(dim=-1),
-                    (_logits(student, part) / student_temp).log_softmax(dim=-1),
+                    _log_softmax((_logits(teacher, part) - center) / teacher_temp),
+                    _log_softmax(_logits(student, part) / student_temp),
                 )
 
     def compute(self) -> dict[str, Tensor]:
@@ -161,9 +161,10 @@ def statistics_of(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     values = {name: sums[name] / sums["samples"] for name in ("loss", "teacher_entropy", "student_entropy")}
     values |= {f"{name}_per_lnK": value / math.log(count) for name, value in values.items()}
     values["kl"] = values["loss"] - values["teacher_entropy"]
-    values["prototypes_used"] = (sums["wins"] > 0).float().mean()
+    values["prototypes_used"] = (sums["wins"] > 0).double().mean()
     values["prototypes_effective"] = torch.special.entr(sums["assignment"] / sums["rows"]).sum().exp()
-    return {**values, "rows": sums["rows"].clone(), "output_dim": torch.tensor(float(count))}
+    values |= {"rows": sums["rows"], "output_dim": torch.tensor(count)}
+    return {name: value.float() for name, value in values.items()}
 
 
 class RankMe(_Plotted):
@@ -171,10 +172,10 @@ class RankMe(_Plotted):
 
         RankMe = exp(-sum_k p_k ln p_k),  p_k = sigma_k / sum_j sigma_j + 1e-7
 
-    with the singular values sigma of the features (N, D), which are not centered. Between 1 and min(N, D): compare
-    values of the same N. A drop while training tells of dimensional collapse, without labels.
+    with the min(N, D) singular values sigma of the features (N, D), which are not centered. Between 1 and min(N, D):
+    compare values of the same N. A drop while training tells of dimensional collapse, without labels.
 
-    The state is the features' product with themselves (D, D), in float64, as the square halves the digits.
+    The state is the features' product with themselves (D, D), in float64, as the square halves the digits, and N.
 
     Args:
         num_features: D.
@@ -192,11 +193,13 @@ class RankMe(_Plotted):
     higher_is_better = True
     plot_lower_bound = 1.0
     products: Tensor
+    samples: Tensor
 
     def __init__(self, num_features: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         check_integer("num_features", num_features, 1)
         self.add_state("products", torch.zeros(num_features, num_features, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("samples", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
@@ -212,13 +215,22 @@ class RankMe(_Plotted):
         check_finite("features", features)
         flat = features.flatten(end_dim=-2).to(self.products.dtype)
         self.products += flat.T @ flat
+        self.samples += len(flat)
 
     def compute(self) -> Tensor:
-        """The effective rank of all features so far; NaN if there are none, or nothing but zeros."""
-        sigma = torch.linalg.eigvalsh(self.products).clamp(min=0).sqrt()
-        p = sigma / sigma.sum() + 1e-7
-        rank: Tensor = torch.special.entr(p).sum().exp()
-        return rank.float()
+        """The effective rank of all features so far; 1 if all are zero, NaN if there are none."""
+        return effective_rank(self.products, self.samples)
+
+
+def effective_rank(products: Tensor, samples: Tensor) -> Tensor:
+    """The states of a RankMe, or sums of several -> what it computes."""
+    count = int(samples)
+    if not count:
+        return products.new_full((), math.nan, dtype=torch.float32)
+    sigma = torch.linalg.eigvalsh(products).flip(0)[:count].clamp(min=0).sqrt()
+    p = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny) + 1e-7
+    rank: Tensor = torch.special.entr(p).sum().exp()
+    return rank.float()
 
 
 class KNNAccuracy(_Plotted):
@@ -287,7 +299,7 @@ class KNNAccuracy(_Plotted):
                 "whatever the features: give voters of at least two classes"
             )
         self.k, self.temperature, self.chunk_bytes = k, temperature, chunk_bytes
-        self.register_buffer("features", features, persistent=False)
+        self.register_buffer("features", F.normalize(features.float(), dim=1), persistent=False)
         self.register_buffer("labels", labels, persistent=False)
         self.register_buffer("groups", groups, persistent=False)
         self.add_state("right", torch.tensor(0.0), dist_reduce_fx="sum")
@@ -311,7 +323,8 @@ class KNNAccuracy(_Plotted):
             given, missing = ("voters", "samples") if groups is None else ("samples", "voters")
             raise ValueError(f"the {given} have groups and the {missing} have none: give groups to both or to neither")
         excluded = None if groups is None or self.groups is None else (groups, self.groups)
-        found = nearest(features, self.features, self.k, excluded=excluded, chunk_bytes=self.chunk_bytes)
+        unit = F.normalize(features.float(), dim=1)
+        found = nearest(unit, self.features, self.k, excluded=excluded, chunk_bytes=self.chunk_bytes)
         self.right += (vote(*found, self.labels, self.temperature) == labels).sum()
         self.samples += len(features)
 
@@ -329,3 +342,8 @@ def _logits(out: Tensor | FactoredLogits, samples: Tensor) -> Tensor:
     if isinstance(out, Tensor):
         return out[:, samples].to(torch.promote_types(out.dtype, torch.float32))
     return F.linear(out.z[:, samples].float(), out.prototypes.float())
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension; a probability of 0 stays finite, so that 0 ln 0 is 0."""
+    return logits.log_softmax(dim=-1).clamp_(min=-1e30)

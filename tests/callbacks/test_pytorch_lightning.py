@@ -65,7 +65,7 @@ def test_every_callback_runs_in_it(tmp_path):
     assert freeze.startswith("student.head.last_layer frozen for 8 optimizer steps, bitwise unchanged")
     assert teacher.startswith("teacher followed student for 12 of 12 optimizer steps")
     assert schedule.endswith("in 12 of 12 optimizer steps")
-    assert monitor.startswith("watched 12 batches, last with loss ")
+    assert monitor.startswith("looked at 3 of 12 batches, last with loss ")
     assert probe.startswith("knn/top1 1.0000 in epoch 2")
     assert report.startswith(f"{tmp_path / 'report.html'} written 1 times")
     assert not torch.equal(module.teacher["backbone"].weight, before["backbone.weight"])

@@ -82,12 +82,13 @@ def test_the_page_shows_what_the_others_have_seen(tmp_path):
         "teacher entropy": f"{last['teacher_entropy']:.3f}",
         "KL": f"{last['kl']:.3f}",
         "RankMe": f"{last['rankme']:.1f}",
+        "prototypes, effective": f"{last['prototypes_effective']:.1f}",
         "kNN top-1": f"{100 * probe.history[-1]['top1']:.2f}%",
     }
-    assert page.texts["h2"] == ["Diagnosis", "Course of the run", "Nearest neighbours", "What was kept"]
-    assert "Nothing is wrong" in page.texts["p"][1]
+    assert page.texts["h2"] == ["Diagnosis", "Course of the run", "Nearest neighbours", "Receipts of the callbacks"]
+    assert page.texts["p"][1] == "Too early to tell: a diagnosis needs 1000 looks."
     assert [text.split(" ")[0] for text in page.texts["li"]] == [
-        "student.head.last_layer", "teacher", "weight_decay", "watched", "knn/top1",
+        "student.head.last_layer", "teacher", "weight_decay", "looked", "knn/top1",
     ]  # fmt: skip
     assert report.receipt.startswith(f"{tmp_path / 'report' / 'report.html'} written 1 times, in ")
 
@@ -105,18 +106,25 @@ def test_the_page_is_one_file_with_the_pictures_in_it(tmp_path):
     assert pixels.std() > 0.05
 
 
+def test_a_run_without_a_diagnosis_is_said_to_have_none(tmp_path):
+    monitor = CollapseMonitorCallback(2, patience=6)
+    monitor._say = lambda *_: None
+    fit(seeded(), monitor, ReportCallback(tmp_path))
+    assert Page(tmp_path / "report.html").texts["p"][1].startswith("Nothing is wrong")
+    assert monitor.receipt.endswith("diagnosis: none")
+
+
 def test_diagnoses_are_shown_and_texts_are_escaped(tmp_path):
     monitor, probe, report = watching(tmp_path)
 
     class Say(Callback):
         def on_train_start(self, trainer, pl_module):
-            monitor.diagnoses.append("uniform teacher: <b>5 & 6</b>")
+            monitor.diagnoses += ["uniform teacher: <b>5 & 6</b>", "no collapse: "]
 
     fit(seeded(), monitor, probe, Say(), report)
-    assert (
-        '<p class="said bad">uniform teacher: &lt;b&gt;5 &amp; 6&lt;/b&gt;</p>'
-        in (tmp_path / "report.html").read_text()
-    )
+    text = (tmp_path / "report.html").read_text()
+    assert '<p class="said bad">uniform teacher: &lt;b&gt;5 &amp; 6&lt;/b&gt;</p>' in text
+    assert '<p class="said mild">no collapse: </p>' in text
 
 
 class Written(Callback):
@@ -224,13 +232,13 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_drawn_is_said_and_training_goes_on(data, message, tmp_path):
     watch = ReportCallback(tmp_path, data, data)
-    with pytest.warns(UserWarning, match=f"without images in epoch 3, and training goes on: .*{message}"):
+    with pytest.warns(UserWarning, match=f"with fewer pictures in epoch 3, and training goes on: .*{message}"):
         run = fit(seeded(), *watching(tmp_path)[:1], watch)
     assert run.global_step == 12
     assert {file.name for file in tmp_path.iterdir()} == {"report.html", "overview.png"}
 
 
-@pytest.mark.filterwarnings("ignore:epoch 1, step 5. not finite")
+@pytest.mark.filterwarnings("ignore:not finite")
 def test_of_weights_that_are_not_finite_there_is_a_page_with_the_diagnosis(tmp_path):
     class Break(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
@@ -238,7 +246,7 @@ def test_of_weights_that_are_not_finite_there_is_a_page_with_the_diagnosis(tmp_p
                 pl_module.teacher["backbone"][0].weight.data.fill_(torch.nan)
 
     watch = CollapseMonitorCallback(1, patience=1000), ReportCallback(tmp_path, images(), images())
-    with pytest.warns(UserWarning, match="without images in epoch 3.* 20 of 20 features hold NaN"):
+    with pytest.warns(UserWarning, match="fewer pictures in epoch 3.* 20 of 20 features hold NaN"):
         fit(seeded(), *watch, Break())
     page = Page(tmp_path / "report.html")
     assert any(text.startswith("not finite: ") for text in page.texts["p"])
@@ -456,6 +464,40 @@ def test_the_folder_is_the_loggers_where_none_is_given(tmp_path):
 def test_arguments_out_of_range(options):
     with pytest.raises(ValueError, match="must be an integer >= 1"):
         ReportCallback(**options)
+
+
+def test_one_loader_without_the_other_is_said_when_training_starts(tmp_path):
+    with pytest.raises(
+        MisconfigurationException, match="needs images, and TinyDINO has no knn_dataloaders and no test_"
+    ):
+        fit(seeded(), ReportCallback(tmp_path, images()))
+
+
+class TrainOnly(LightningDataModule):
+    def train_dataloader(self):
+        return view_loader()
+
+
+def test_a_datamodule_without_labelled_data_gets_a_page_without_pictures(tmp_path):
+    trainer(ReportCallback(tmp_path)).fit(seeded(), TrainOnly())
+    assert {file.name for file in tmp_path.iterdir()} == {"report.html"}
+
+
+@pytest.mark.parametrize(
+    "method", [lambda images, layers: images, lambda images, n: [images], lambda images, n: {}["tokens"]]
+)
+def test_a_backbone_whose_patch_tokens_fail_keeps_the_other_pictures(method, tmp_path):
+    module = vit()
+    module.teacher["backbone"].get_intermediate_layers = method
+    with pytest.warns(UserWarning, match="with fewer pictures in epoch 3"):
+        fit(module, ReportCallback(tmp_path, images(), images(seed=2)))
+    assert {file.name for file in tmp_path.iterdir()} == FILES
+
+
+def test_a_fast_dev_run_leaves_nothing_behind(tmp_path):
+    fit(seeded(), *watching(tmp_path), fast_dev_run=True)
+    fit(seeded(), *watching(tmp_path), max_epochs=1)
+    assert {file.name for file in tmp_path.iterdir()} == FILES
 
 
 def test_a_module_that_is_not_there_is_said_when_training_starts(tmp_path):

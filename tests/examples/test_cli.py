@@ -49,7 +49,7 @@ def test_the_file_runs_with_all_callbacks(fit, tmp_path):
         "student.head.last_layer frozen",
         "teacher followed student",
         "weight_decay from 0.04 to 0.365623",
-        "watched 5 batches, last with loss ",
+        "looked at 1 of 5 batches, last with loss ",
         "knn/top1 0.",
     ]
     assert [begin for receipt, begin in zip(receipts, beginnings, strict=True) if not receipt.startswith(begin)] == []
