@@ -50,7 +50,7 @@ def test_a_healthy_run_gets_no_diagnosis():
             ["6.1900 nats", "0.993 ln K", "Lower the teacher temperature", "not the same object"],
         ),
         ({"rankme": 1.3}, "dimensional collapse", ["1.30", "batch norm"]),
-        ({"prototypes_used": 0.02}, "dead prototypes", ["10 of 512", "1280 rows", "output_dim"]),
+        ({"prototypes_used": 0.02}, "dead prototypes", ["10 of 512", "1280 rows", "output_dim", "no harm"]),
         (STUCK, "no collapse", ["9.80 nats", "0.88 ln K", "K = 65536", "9.40 of it", "0.40 are KL", "kNN"]),
     ],
 )
@@ -64,6 +64,7 @@ def test_each_case_is_named_with_its_numbers_and_knobs(change, case, words):
     "change",
     [
         {"teacher_entropy_per_lnK": 0.993},  # the student is sharp: it has something to learn
+        {"output_dim": 2, "prototypes_effective": 1.98, "prototypes_used": 1.0},  # both of two
         {**STUCK, "output_dim": 512, "prototypes_used": 0.2},  # K is not large
         {**STUCK, "loss_change": -0.03},  # it falls
         {**STUCK, "loss_per_lnK": 0.5},  # it is low

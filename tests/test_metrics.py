@@ -142,6 +142,29 @@ def test_low_precision_and_autocast_are_measured_in_float32():
     torch.testing.assert_close(statistics.compute()["loss"], expected.compute()["loss"], rtol=0.02, atol=0)
 
 
+def test_the_kl_of_many_samples_keeps_its_digits():
+    logits = sides()[0].logits()[:1]
+    batch = logits.repeat(2, 1, 1), logits.repeat(4, 1, 1) + 0.01 * sides()[1].logits()
+    one, many = DINOStatistics(K), DINOStatistics(K)
+    one.update(*batch, teacher_temp=0.1)
+    for _ in range(3000):
+        many.update(*batch, teacher_temp=0.1)
+    assert 0 < one.compute()["kl"] < 0.02 * one.compute()["loss"]
+    torch.testing.assert_close(many.compute()["kl"], one.compute()["kl"], rtol=1e-5, atol=0)
+
+
+def test_a_masked_prototype_counts_as_0():
+    teacher, student = (side.logits() for side in sides())
+    expected, masked = DINOStatistics(K), DINOStatistics(K)
+    for logits in (teacher, student):
+        logits[..., 0] = -1e4
+    expected.update(teacher, student)
+    for logits in (teacher, student):
+        logits[..., 0] = -math.inf
+    masked.update(teacher, student)
+    torch.testing.assert_close(masked.compute(), expected.compute())
+
+
 def test_no_gradient_is_kept():
     teacher, student = (FactoredLogits(*(t.requires_grad_() for t in side)) for side in sides())
     statistics = DINOStatistics(K)
@@ -167,6 +190,8 @@ def test_arguments_out_of_range():
         DINOStatistics(1)
     with pytest.raises(ValueError, match="max_rows must be an integer >= 1"):
         DINOStatistics(4, max_rows=0)
+    with pytest.raises(ValueError, match="center must be a number or hold one for each of K = 24"):
+        DINOStatistics(K).update(*sides(), center=torch.zeros(3))
     with pytest.raises(ValueError, match=r"teacher_temp must be a number in \(0, inf\]"):
         DINOStatistics(K).update(*sides(), teacher_temp=0)
 
@@ -186,15 +211,15 @@ def test_rankme_is_the_papers_formula(shape):
     rank = RankMe(12)
     for part in features.flatten(end_dim=-2).split(60):
         rank.update(part)
-    singular = rank_by_definition(features.flatten(end_dim=-2))
-    if shape == (7, 12):  # the sum of the definition has min(N, D) terms; ours has D, of which 5 are 1e-7
-        singular *= math.exp(-5 * 1e-7 * math.log(1e-7))
-    assert rank.compute().item() == pytest.approx(singular, rel=1e-5)
+    assert rank.compute().item() == pytest.approx(rank_by_definition(features.flatten(end_dim=-2)), rel=1e-5)
 
 
 def test_one_direction_has_rank_1_also_in_many_dimensions():
     rank = RankMe(512)
     rank.update(torch.randn(1000, 1) * torch.randn(512))
+    assert rank.compute() == pytest.approx(1, abs=2e-3)
+    rank.reset()
+    rank.update(torch.zeros(9, 512))
     assert rank.compute() == pytest.approx(1, abs=2e-3)
 
 

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import math
 import random
 import re
@@ -11,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 from toy import rules, trainer
 from views import TinyDINO, tiny_dino, view_loader
 
@@ -188,6 +189,11 @@ def test_a_generator_that_training_and_probe_share_is_left_alone():
     watch = probe(DataLoader(data, batch_size=8, sampler=RandomSampler(data, generator=generator), generator=generator))
     with_it = random_run(watch, generator=generator)
     torch.testing.assert_close(without, with_it, rtol=0, atol=0)
+    batches = BatchSampler(RandomSampler(data, generator=generator), 8, drop_last=False)
+    generator.manual_seed(7)
+    torch.testing.assert_close(
+        without, random_run(probe(DataLoader(data, batch_sampler=batches)), generator=generator), rtol=0, atol=0
+    )
     watch = probe(DataLoader(data, batch_size=8, shuffle=True, generator=generator))
     generator.manual_seed(7)
     torch.testing.assert_close(without, random_run(watch, generator=generator), rtol=0, atol=0)
@@ -202,6 +208,11 @@ def test_so_it_is_when_a_probe_fails():
 
 def without_labels():
     return DataLoader(TensorDataset(torch.randn(20, 1, 8, 8)), batch_size=10)
+
+
+class Corrupt(TensorDataset):
+    def __getitem__(self, index):
+        raise OSError("truncated")
 
 
 class Stream(IterableDataset):
@@ -221,10 +232,12 @@ class Stream(IterableDataset):
         ({"train": labelled(classes=1)}, "all 48 voters have the label 0"),
         ({"train": DataLoader(Stream([]), batch_size=None)}, "there is no data: the loader gave no batch"),
         ({"test": []}, "there is no data"),
-        (
-            {"test": DataLoader(TensorDataset(torch.randn(4, 1, 8, 8), torch.rand(4)))},
-            "labels and groups must be tensors of integers",
-        ),
+        ({"test": [(torch.randn(4, 1, 8, 8), torch.rand(4))]}, "labels and groups must be tensors of integers"),
+        ({"test": [([torch.randn(4, 1, 8, 8)] * 2, torch.zeros(4).long())]}, "TypeError: "),  # views
+        ({"test": [{"image": torch.randn(4, 1, 8, 8)}]}, "labels are missing: .* got a dict"),
+        ({"test": [(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), torch.zeros(4).long())]}, "RuntimeError: "),
+        ({"module": "teacher"}, "NotImplementedError: "),
+        ({"test": DataLoader(Corrupt(*labelled().dataset.tensors), 8)}, "OSError: truncated"),
     ],
 )
 def test_what_makes_a_probe_impossible_is_said_once_and_training_goes_on(options, message):
@@ -311,7 +324,7 @@ def test_the_datamodules_loaders(data, train, test):
 def test_without_data_training_does_not_start():
     with pytest.raises(MisconfigurationException, match=re.escape("give it two loaders of batches (inputs, labels)")):
         fit(seeded(), KNNProbeCallback())
-    with pytest.raises(MisconfigurationException, match="knn_dataloaders or test_dataloader"):
+    with pytest.raises(MisconfigurationException, match="has no knn_dataloaders and no test_dataloader"):
         fit(seeded(), KNNProbeCallback(labelled()))
 
 
@@ -337,6 +350,57 @@ def test_of_a_stream_the_first_batches_are_taken():
     fit(module, watch, max_epochs=1)
     first = DataLoader(TensorDataset(*(tensor[:30] for tensor in labelled(100).dataset.tensors)))
     assert watch.history[0]["top1"] == pytest.approx(accuracy(module, first, labelled(20, seed=4)))
+
+
+class Endless(torch.utils.data.Sampler):
+    def __iter__(self):
+        while True:
+            yield from range(100)
+
+
+@pytest.mark.parametrize("kind", ["stream", "endless sampler"])
+def test_data_without_an_end_are_taken_up_to_the_most(kind):
+    data = labelled(100).dataset
+    if kind == "stream":
+        loader = DataLoader(Stream(data[index % 100] for index in itertools.count()), batch_size=10)
+    else:
+        loader = DataLoader(data, batch_size=10, sampler=Endless())
+    module, watch = seeded(), probe(loader, max_samples=30)
+    fit(module, watch, max_epochs=1)
+    first = DataLoader(TensorDataset(*(tensor[:30] for tensor in data.tensors)))
+    assert watch.history[0]["top1"] == pytest.approx(accuracy(module, first, labelled(20, seed=4)))
+
+
+class Doubling(DataLoader):
+    def __iter__(self):
+        return ((100 * images, labels) for images, labels in super().__iter__())
+
+
+def test_loaders_with_an_iterator_of_their_own_are_iterated():
+    data, module = labelled().dataset, seeded()
+    watch = probe(Doubling(data, batch_size=10))
+    fit(module, watch, max_epochs=1)
+    scaled = DataLoader(TensorDataset(100 * data.tensors[0], data.tensors[1]))
+    assert watch.history[0]["top1"] == pytest.approx(accuracy(module, scaled, labelled(20, seed=4)))
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_inputs_have_the_type_of_the_weights(precision):
+    watch = probe()
+    fit(seeded(), watch, max_epochs=1, precision=precision)
+    assert len(watch.history) == 1
+
+
+class WithLoaders(TinyDINO):
+    def knn_dataloaders(self):
+        return labelled(), labelled(20, seed=4)
+
+
+def test_the_lightning_modules_loaders():
+    module, watch = seeded(), KNNProbeCallback(k=5)
+    module.__class__ = WithLoaders
+    fit(module, watch, max_epochs=1)
+    assert watch.history[0]["top1"] == pytest.approx(accuracy(module, labelled(), labelled(20, seed=4)))
 
 
 def test_workers_and_collate_functions_are_kept():
