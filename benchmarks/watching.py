@@ -1,8 +1,8 @@
 """What it costs to watch a run: the digits with CollapseMonitorCallback and KNNProbeCallback, and without.
 
-Runs are paired: in each round one of both, in turn first and second. As such runs differ by several percent anyway, the
-time that is spent in the callbacks is measured too. The report's is listed by itself: it does not depend on the length
-of the run.
+Runs are paired: in each round one without, two with, and one without, so that a machine that becomes slower or faster
+counts for both. As such runs differ by several percent anyway, the time that is spent in the callbacks is measured too.
+The report's is listed by itself: it does not depend on the length of the run.
 """
 
 import argparse
@@ -92,11 +92,11 @@ def main() -> None:
         spent.seconds, (monitor, probe) = 0.0, watching()
         spent.count(monitor, "on_train_start", "on_train_batch_start", "on_train_batch_end")
         spent.count(probe, "on_train_start", "on_train_epoch_end")
-        order = [[], [monitor, probe]] if index % 2 == 0 else [[monitor, probe], []]
-        taken = {bool(callbacks): seconds(args.epochs, *callbacks) for callbacks in order}
-        ratios.append(taken[True] / taken[False])
-        shares.append(spent.seconds / (taken[True] - spent.seconds))
-        print(f"round {index + 1}: {taken[False]:.2f} s alone, {taken[True]:.2f} s watched, ratio {ratios[-1]:.3f}")
+        order: list[list[Any]] = [[], [monitor, probe], [monitor, probe], []]
+        first, *watched, last = (seconds(args.epochs, *callbacks) for callbacks in order)
+        ratios.append(sum(watched) / (first + last))
+        shares.append(spent.seconds / (sum(watched) - spent.seconds))
+        print(f"round {index + 1}: {first + last:.2f} s alone, {sum(watched):.2f} s watched, ratio {ratios[-1]:.3f}")
     print(f"watched / alone: {statistics.median(ratios):.3f}, median of {args.rounds} rounds of {args.epochs} epochs")
     print(f"time in the callbacks / all other: {statistics.median(shares):.3f}, median of the same runs")
     with tempfile.TemporaryDirectory() as folder:

@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from dino_head.functional import evenly
+
 Loaders = tuple[Iterable[Any], Iterable[Any]]
 
 
@@ -98,7 +100,7 @@ def some_batches(loader: Iterable[Any], max_samples: int, rank: int = 0, world: 
         if batches is not None:
             share = max_samples / max(1, sum(map(len, batches)))
             count = max(1, int(len(batches) * min(1.0, share)))
-            chosen = [batches[int(i)] for i in torch.linspace(0, len(batches) - 1, count)] if batches else []
+            chosen = [batches[index] for index in evenly(len(batches), count)] if batches else []
             yield from _load(loader, chosen[rank::world])  # type: ignore[arg-type]
         else:
             taken = 0

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from dino_head._neighbours import nearest
 from dino_head.callbacks._pictures import Maps, Samples, as_colours, principal_components
+from dino_head.functional import evenly
 
 History = Sequence[dict[str, float]]
 
@@ -93,7 +94,7 @@ def neighbours(train: Samples, test: Samples) -> Figure:
     """A row for each of some held-out images: the image, and its nearest training images."""
     assert train.pictures is not None
     assert test.pictures is not None
-    shown = torch.linspace(0, len(test.features) - 1, min(SHOWN, len(test.features))).long().tolist()
+    shown = evenly(len(test.features), min(SHOWN, len(test.features)))
     similarity, indices = nearest(
         F.normalize(test.features[shown], dim=1),
         F.normalize(train.features, dim=1),

@@ -222,6 +222,11 @@ def _detached(out: Tensor | FactoredLogits) -> Tensor | FactoredLogits:
     return out.detach() if isinstance(out, Tensor) else FactoredLogits(*(tensor.detach() for tensor in out))
 
 
+def evenly(total: int, count: int) -> list[int]:
+    """`count` of the indices 0 to total - 1, evenly spread, the first and the last among them; all if count = total."""
+    return [index * (total - 1) // max(1, count - 1) for index in range(count)]
+
+
 def _requires_grad(out: Tensor | FactoredLogits) -> bool:
     return any(tensor.requires_grad for tensor in ((out,) if isinstance(out, Tensor) else out))
 

@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from dino_head._arguments import check_integer, check_number
 from dino_head._neighbours import check_finite, check_labelled, nearest, vote
-from dino_head.functional import BLOCK_BYTES, Logits, check_sides, flat_center, output_dim, stacked
+from dino_head.functional import BLOCK_BYTES, Logits, check_sides, evenly, flat_center, output_dim, stacked
 from dino_head.prototypes import FactoredLogits
 
 
@@ -112,7 +112,7 @@ class DINOStatistics(_Plotted):
         samples = torch.arange(_by_view(teacher).shape[1], device=self.wins.device)
         if isinstance(teacher, FactoredLogits):
             count = min(len(samples), max(1, self.max_rows // views))
-            samples = samples[torch.linspace(0, len(samples) - 1, count, device=samples.device).long()]
+            samples = samples[evenly(len(samples), count)]
         with torch.autocast(self.wins.device.type, enabled=False):
             # Each step below makes some tensors of a block's size.
             for part in samples.split(max(1, BLOCK_BYTES // 4 // (4 * self.output_dim * views))):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from watch import Watch
 
 from dino_head import FactoredLogits, dino_loss
-from dino_head.functional import sinkhorn_center, sum_logits
+from dino_head.functional import evenly, sinkhorn_center, sum_logits
 
 REFERENCE = Path(__file__).parent / "reference"
 VIEWS = [(1, 2), (1, 4), (2, 2), (2, 5), (3, 3), (3, 5)]
@@ -477,3 +477,9 @@ def test_swapped_sides_are_named():
         dino_loss(student, teacher)
     with torch.no_grad():
         assert dino_loss(student, teacher).isfinite()
+
+
+def test_evenly_spread_indices():
+    assert [evenly(total, total) for total in range(1, 400)] == [list(range(total)) for total in range(1, 400)]
+    assert evenly(41, 4) == [0, 13, 26, 40]
+    assert evenly(7, 1) == [0]
