@@ -1,10 +1,9 @@
 """DINO's training rules as Lightning callbacks, and those that watch a run."""
 
-from dino_head.callbacks.report import ReportCallback
-
 from dino_head.callbacks.collapse_monitor import CollapseMonitorCallback
 from dino_head.callbacks.freeze_last_layer import FreezeLastLayerCallback
 from dino_head.callbacks.knn_probe import KNNProbeCallback
+from dino_head.callbacks.report import ReportCallback
 from dino_head.callbacks.schedule import ScheduleCallback
 from dino_head.callbacks.teacher_update import TeacherUpdateCallback
 

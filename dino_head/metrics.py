@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from dino_head._arguments import check_integer, check_number
 from dino_head._neighbours import check_finite, check_labelled, nearest, vote
+from dino_head._statistics import effective_rank, log_softmax, logits_of, statistics_of, sums_of
 from dino_head.functional import BLOCK_BYTES, Logits, check_sides, evenly, flat_center, output_dim, stacked
 from dino_head.prototypes import FactoredLogits
 
@@ -108,18 +109,19 @@ class DINOStatistics(_Plotted):
                 "give head and statistics the same output_dim"
             )
         center = flat_center(center, teacher)
-        views = len(_by_view(teacher)) + len(_by_view(student))
-        samples = torch.arange(_by_view(teacher).shape[1], device=self.wins.device)
+        by_view = [side if isinstance(side, Tensor) else side.z for side in (teacher, student)]
+        views = sum(map(len, by_view))
+        samples = torch.arange(by_view[0].shape[1], device=self.wins.device)
         if isinstance(teacher, FactoredLogits):
             count = min(len(samples), max(1, self.max_rows // views))
             samples = samples[evenly(len(samples), count)]
         with torch.autocast(self.wins.device.type, enabled=False):
             # Each step below makes some tensors of a block's size.
             for part in samples.split(max(1, BLOCK_BYTES // 4 // (4 * self.output_dim * views))):
-                self._add(
-                    _log_softmax((_logits(teacher, part) - center) / teacher_temp),
-                    _log_softmax(_logits(student, part) / student_temp),
-                )
+                log_p = log_softmax((logits_of(teacher, part) - center) / teacher_temp)
+                log_q = log_softmax(logits_of(student, part) / student_temp)
+                for name, value in sums_of(log_p, log_q).items():
+                    setattr(self, name, getattr(self, name) + value)
 
     def compute(self) -> dict[str, Tensor]:
         """Means over all samples so far; NaN without any."""
@@ -139,32 +141,6 @@ class DINOStatistics(_Plotted):
         figure, axes = super().plot(in_nats if len(in_nats) > 1 else in_nats[0], ax)
         axes.axhline(math.log(self.output_dim), linestyle="--", color="tab:gray")
         return figure, axes
-
-    def _add(self, log_p: Tensor, log_q: Tensor) -> None:
-        """Log-probabilities (T, b, K) and (S, b, K)."""
-        views_t, samples, _ = log_p.shape
-        p = log_p.exp()
-        total = p.sum(dim=0)  # (b, K)
-        own = (p * log_q[:views_t]).sum()  # t = s, which the loss leaves out
-        self.loss += (own - (total * log_q.sum(dim=0)).sum()) / (views_t * (len(log_q) - 1))
-        self.teacher_entropy -= (p * log_p).sum() / views_t
-        self.student_entropy -= (log_q.exp() * log_q).sum() / len(log_q)
-        self.samples += samples
-        self.rows += views_t * samples
-        self.assignment += total.sum(dim=0)
-        self.wins += torch.bincount(log_p.argmax(dim=-1).flatten(), minlength=self.output_dim)
-
-
-def statistics_of(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What `DINOStatistics.sums` gives, or the sum of several -> what `compute` gives."""
-    count = len(sums["wins"])
-    values = {name: sums[name] / sums["samples"] for name in ("loss", "teacher_entropy", "student_entropy")}
-    values |= {f"{name}_per_lnK": value / math.log(count) for name, value in values.items()}
-    values["kl"] = values["loss"] - values["teacher_entropy"]
-    values["prototypes_used"] = (sums["wins"] > 0).double().mean()
-    values["prototypes_effective"] = torch.special.entr(sums["assignment"] / sums["rows"]).sum().exp()
-    values |= {"rows": sums["rows"], "output_dim": torch.tensor(count)}
-    return {name: value.float() for name, value in values.items()}
 
 
 class RankMe(_Plotted):
@@ -220,17 +196,6 @@ class RankMe(_Plotted):
     def compute(self) -> Tensor:
         """The effective rank of all features so far; 1 if all are zero, NaN if there are none."""
         return effective_rank(self.products, self.samples)
-
-
-def effective_rank(products: Tensor, samples: Tensor) -> Tensor:
-    """The states of a RankMe, or sums of several -> what it computes."""
-    count = int(samples)
-    if not count:
-        return products.new_full((), math.nan, dtype=torch.float32)
-    sigma = torch.linalg.eigvalsh(products).flip(0)[:count].clamp(min=0).sqrt()
-    p = sigma / sigma.sum().clamp(min=torch.finfo(sigma.dtype).tiny) + 1e-7
-    rank: Tensor = torch.special.entr(p).sum().exp()
-    return rank.float()
 
 
 class KNNAccuracy(_Plotted):
@@ -331,19 +296,3 @@ class KNNAccuracy(_Plotted):
     def compute(self) -> Tensor:
         """The share of right samples, in [0, 1]; NaN without any."""
         return self.right / self.samples
-
-
-def _by_view(out: Tensor | FactoredLogits) -> Tensor:
-    return out if isinstance(out, Tensor) else out.z
-
-
-def _logits(out: Tensor | FactoredLogits, samples: Tensor) -> Tensor:
-    """Logits (V, b, K) of some samples, in float32 at least."""
-    if isinstance(out, Tensor):
-        return out[:, samples].to(torch.promote_types(out.dtype, torch.float32))
-    return F.linear(out.z[:, samples].float(), out.prototypes.float())
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    """Over the last dimension; a probability of 0 stays finite, so that 0 ln 0 is 0."""
-    return logits.log_softmax(dim=-1).clamp_(min=-1e30)

@@ -149,12 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seed_everything(args.seed, workers=True, verbose=False)
     model, data = build(args.prototypes, args.seed), Digits(args.batch_size, args.seed)
     untrained = knn_top1(model.eval())
-    freeze, probe, monitor, timer = (
-        FreezeLastLayerCallback(),
-        KNNProbeCallback(k=10, every_n_epochs=5),
-        CollapseMonitorCallback(every_n_steps=10),
-        Timer(),
-    )
+    freeze, timer = FreezeLastLayerCallback(), Timer()
+    monitor, probe = CollapseMonitorCallback(every_n_steps=10), KNNProbeCallback(k=10, every_n_epochs=5)
     trainer = Trainer(
         max_epochs=args.epochs,
         gradient_clip_val=3.0,
