@@ -1,0 +1,108 @@
+"""The names that DINO heads have in checkpoints: which tensors are a head, and what each is to ours."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+# What data parallelism, torch.compile, FSDP and activation checkpointing put between the names.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+# Names of the last layer's tensors, ours first.
+OLD_WEIGHT_NORM = {"weight_g": "weight_g", "weight_v": "weight_v"}
+PARAMETRIZATION = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+PLAIN = {"weight": "weight"}
+
+
+class Layout(NamedTuple):
+    """The name of the MLP, and those of the last layer's tensors."""
+
+    mlp: str
+    last_layer: Mapping[str, str]
+
+
+LAYOUTS = {
+    "dino": Layout("mlp", OLD_WEIGHT_NORM),
+    "dinov3": Layout("mlp", PLAIN),
+    "lightly": Layout("layers", OLD_WEIGHT_NORM),
+    "lightly-train": Layout("mlp", PARAMETRIZATION),
+}
+OURS = {name: ours for names in (OLD_WEIGHT_NORM, PARAMETRIZATION, PLAIN) for ours, name in names.items()}
+# With one layer the authors' MLP is a Linear in the place of the Sequential: mlp.weight.
+IN_MLP = re.compile(
+    r"(?:(.*)\.)??(?:(?:mlp|layers)\.(\d+)|mlp)\.(weight|bias|running_mean|running_var|num_batches_tracked)"
+)
+IN_LAST_LAYER = re.compile(rf"(?:(.*)\.)??last_layer\.({'|'.join(map(re.escape, OURS))})")
+TEACHER = {"teacher", "momentum", "ema"}
+
+
+@dataclass
+class FoundHead:
+    """A head in a checkpoint."""
+
+    path: str  # without wrappers; "" if the checkpoint is the head
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # by our keys
+    names: dict[str, str] = field(default_factory=dict)  # our keys -> the checkpoint's
+    unexplained: list[str] = field(default_factory=list)  # keys of the checkpoint
+
+
+def without_wrappers(key: str) -> str:
+    """`module.head._orig_mod.mlp.0.weight` -> `head.mlp.0.weight`."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
+
+
+def parse(key: str) -> tuple[str, str] | None:
+    """What is called like a part of a head, as its path and our key: `a.mlp.0.bias` -> `a`, `layers.0.bias`."""
+    if match := IN_MLP.fullmatch(key):
+        return match[1] or "", f"layers.{match[2] or 0}.{match[3]}"
+    if match := IN_LAST_LAYER.fullmatch(key):
+        return match[1] or "", f"last_layer.{OURS[match[2]]}"
+    return None
+
+
+def find_heads(tensors: Mapping[str, Tensor]) -> dict[str, FoundHead]:
+    """All heads, by their paths: where an MLP and a last layer are side by side."""
+    keys = {name: without_wrappers(name) for name in tensors}
+    parts: dict[str, set[str]] = {}
+    for path, ours in filter(None, map(parse, keys.values())):
+        parts.setdefault(path, set()).add(ours.split(".")[0])
+    heads = {path: FoundHead(path) for path, found in parts.items() if len(found) == 2}
+    for name, key in keys.items():
+        for path, head in heads.items():
+            if path and not key.startswith(f"{path}."):
+                continue
+            match parse(key):
+                case (of, ours) if of == path and ours not in head.tensors:
+                    head.tensors[ours], head.names[ours] = tensors[name], name
+                case _:
+                    head.unexplained.append(name)
+    return heads
+
+
+def select(heads: Mapping[str, FoundHead], part: str) -> FoundHead:
+    """The one head that `part` names; see `load_head`."""
+    words = {path: re.split(r"[._]", path) for path in heads}
+    teachers = {path for path in heads if TEACHER & set(words[path])}
+    choices = [
+        [path for path in heads if path == part],
+        [path for path in heads if f".{part}." in f".{path}."],
+        [path for path in heads if part in words[path]],
+    ]
+    if part == "teacher":
+        choices.append(sorted(teachers))
+    if part in ("teacher", "student") and not any(choices):
+        neutral = [path for path in heads if path not in teachers and "student" not in words[path]]
+        # A head without a side is the student beside a teacher's, and anyone's where it is alone.
+        if neutral and (part == "student" or len(heads) == 1):
+            choices.append(neutral)
+    chosen = next((paths for paths in choices if paths), [])
+    if len(chosen) == 1:
+        return heads[chosen[0]]
+    there = ", ".join(repr(path) for path in heads)
+    if not chosen:
+        raise ValueError(f"there is no head {part!r}, but {there}: give one of these as part")
+    raise ValueError(
+        f"{len(chosen)} heads go by part={part!r}: {', '.join(map(repr, chosen))}: give one of these as part"
+    )
