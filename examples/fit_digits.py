@@ -59,14 +59,18 @@ class Digits(LightningDataModule):
         super().__init__()
         self.batch_size, self.seed = batch_size, seed
 
+    def labelled(self) -> tuple[Labelled, Labelled]:
+        """Training and held-out images."""
+        return digits()
+
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, anew in each epoch."""
         assert self.trainer is not None
-        return ResumableLoader(TensorDataset(*digits()[0]), self.batch_size, self.trainer, self.seed)
+        return ResumableLoader(TensorDataset(*self.labelled()[0]), self.batch_size, self.trainer, self.seed)
 
     def knn_dataloaders(self) -> tuple[DataLoader[Any], DataLoader[Any]]:
         """Training images that vote on the held-out ones, for KNNProbeCallback and ReportCallback."""
-        train, test = (DataLoader(TensorDataset(*labelled), batch_size=256) for labelled in digits())
+        train, test = (DataLoader(TensorDataset(*labelled), batch_size=256) for labelled in self.labelled())
         return train, test
 
 

@@ -1,0 +1,123 @@
+"""Continued pre-training: the digits' model goes on with dusty images.
+
+    python examples/fit_digits.py                 # writes runs/digits/checkpoints/last.ckpt
+    python examples/continue_digits.py            # goes on from it, writes to runs/continued
+
+Backbone, head and center are those of the checkpoint's teacher. The head, which may be a new one, is trained alone for
+the first steps. The run ends early if the features become worse than those it began with.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from augment import digit_views
+from dino_module import DINO
+from fit_digits import Digits, Labelled, conv_net, digits
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dino_head import DINOLoss, DINOProjectionHead
+from dino_head.callbacks import FreezeLastLayerCallback, KNNProbeCallback, TeacherUpdateCallback
+from dino_head.checkpoints import load_head
+from dino_head.metrics import KNNAccuracy
+
+
+class DustyDigits(Digits):
+    """The same images and labels with dust on them: 15% of the pixels are random, always the same ones."""
+
+    def labelled(self) -> tuple[Labelled, Labelled]:
+        """Training and held-out images."""
+        random = torch.Generator().manual_seed(0)
+
+        def dusty(images: Tensor) -> Tensor:
+            dust, grey = (torch.rand(images.shape, generator=random) for _ in range(2))
+            return torch.where(dust < 0.15, grey, images)
+
+        (train, labels), (test, test_labels) = digits()
+        return (dusty(train), labels), (dusty(test), test_labels)
+
+
+def below(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of the submodule `path`, out of that of the whole module."""
+    return {key.removeprefix(f"{path}."): value for key, value in state.items() if key.startswith(f"{path}.")}
+
+
+def build(checkpoint: Path, prototypes: int | None = None, seed: int = 0) -> DINO:
+    """The model of a checkpoint, with its head or with a new one of so many prototypes."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    backbone = conv_net()
+    backbone.load_state_dict(below("teacher.backbone", state))
+    if prototypes is None:
+        head = load_head(state)
+        loss = DINOLoss(head.last_layer.weight.shape[0], warmup_teacher_temp_epochs=0, teacher_temp=0.04)
+        loss.load_state_dict(below("loss", state))  # the center goes with the head
+    else:
+        head = DINOProjectionHead(128, 256, 64, prototypes)
+        loss = DINOLoss(prototypes, warmup_teacher_temp_epochs=0, teacher_temp=0.04)
+    return DINO(backbone, head, loss, digit_views(), learning_rate=1e-3, warmup_epochs=2, seed=seed)
+
+
+@torch.no_grad()
+def knn_top1(backbone: torch.nn.Module, data: Digits) -> float:
+    """What KNNProbeCallback finds, before there is a Trainer."""
+    (train, labels), (test, test_labels) = data.labelled()
+    accuracy = KNNAccuracy(backbone.eval()(train), labels, k=10)
+    accuracy.update(backbone(test), test_labels)
+    return accuracy.compute().item()
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description="Go on with the pre-training of the digits' model, on other images.")
+    parser.add_argument(
+        "--checkpoint", type=Path, default=Path("runs/digits/checkpoints/last.ckpt"), help="to begin with (%(default)s)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/continued"), help="folder of the run (%(default)s)")
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the 1,400 images (%(default)s)")
+    parser.add_argument("--warmup-steps", type=int, default=21, help="in which the head alone is trained (%(default)s)")
+    parser.add_argument("--prototypes", type=int, help="of a new head (default: the head of the checkpoint)")
+    parser.add_argument("--seed", type=int, default=0, help="of order and augmentation (%(default)s)")
+    args = parser.parse_args(arguments)
+    if not args.checkpoint.exists():
+        parser.error(
+            f"{args.checkpoint} is not there: run examples/fit_digits.py first, or name another with --checkpoint"
+        )
+    if args.out.exists() and any(args.out.iterdir()):
+        parser.error(f"{args.out} is not empty: choose another folder with --out")
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, and write the backbone for use elsewhere."""
+    args = parse(arguments)
+    seed_everything(args.seed, workers=True, verbose=False)
+    model, data = build(args.checkpoint, args.prototypes, args.seed), DustyDigits(seed=args.seed)
+    start = knn_top1(model.teacher["backbone"], data)
+    probe = KNNProbeCallback(k=10)
+    best = ModelCheckpoint(args.out, filename="best", monitor="knn/top1", mode="max")
+    chance = 2 * math.sqrt(start * (1 - start) / 397)  # two standard errors of a share of the held-out images
+    # Only for falling below the start, never for want of patience.
+    stop = EarlyStopping("knn/top1", mode="max", patience=args.epochs, divergence_threshold=start - chance)
+    warmup = FreezeLastLayerCallback(module="student.backbone", steps=args.warmup_steps)
+    callbacks = [warmup, TeacherUpdateCallback(base_momentum=0.98), probe, stop, best]
+    trainer = Trainer(max_epochs=args.epochs, gradient_clip_val=3.0, callbacks=callbacks, logger=False)
+    trainer.fit(model.train(), data)
+
+    state = torch.load(best.best_model_path, map_location="cpu", weights_only=True)["state_dict"]
+    backbone = below("teacher.backbone", state)
+    torch.save(backbone, args.out / "backbone.pt")
+    save_file(backbone, args.out / "backbone.safetensors")
+    history = [round(entry["top1"], 4) for entry in probe.history]
+    summary = {"knn_top1_before": round(start, 4), "knn_top1": history, "stopped": stop.stopping_reason_message}
+    (args.out / "summary.json").write_text(json.dumps(summary, indent=2))
+    print(json.dumps(summary, indent=2))
+
+
+if __name__ == "__main__":
+    main()
