@@ -202,7 +202,7 @@ def _rest(contents: Contents, heads: Collection[FoundHead]) -> list[str]:
     unused = _groups([name for name in contents.tensors if name not in used], [head.path for head in heads])
     lines = [f"not used: {', '.join(unused)}"] if unused else []
     others = dict.fromkeys(name.split(".")[0] for name in contents.others)
-    return [*lines, f"no tensors: {', '.join(others)}"] if others else lines
+    return [*lines, f"other entries: {', '.join(others)}"] if others else lines
 
 
 def _groups(names: Collection[str], paths: Collection[str]) -> list[str]:

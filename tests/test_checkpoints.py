@@ -465,7 +465,7 @@ def test_every_key_is_reported(caplog):
         f"  {modern}.original1 -> last_layer.weight_v (12, 4) torch.float32",
         "  missing: layers.1.num_batches_tracked, set to 0",
         "not used: teacher.backbone.* (2 tensors), student.*",
-        "no tensors: epoch",
+        "other entries: epoch",
     ]
     assert (
         "teacher.head: DINOProjectionHead(input_dim=6, hidden_dim=8, bottleneck_dim=4, output_dim=12, " in caplog.text
@@ -502,7 +502,7 @@ def test_the_command_shows_what_is_inside_and_changes_nothing(tmp_path):
     assert "  teacher.head.mlp.6.bias -> layers.6.bias (4,) torch.float32" in lines
     assert lines[-2:] == [
         "not used: student.backbone.* (2 tensors), teacher.backbone.* (2 tensors), optimizer.*, dino_loss.*",
-        "no tensors: optimizer, epoch, args",
+        "other entries: optimizer, epoch, args",
     ]
     assert file.read_bytes() == before
     assert [*tmp_path.iterdir()] == [file]

@@ -1,3 +1,4 @@
+import argparse
 import re
 from pathlib import Path
 
@@ -5,8 +6,11 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from fit_digits import digits, main
+from torch import nn
 
+from dino_head import DINOProjectionHead
 from dino_head.callbacks import TeacherUpdateCallback
+from dino_head.checkpoints import export_head
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -76,25 +80,55 @@ def test_the_metrics_without_lightning(mine, capsys):
     assert accuracy.startswith("tensor(0.")
 
 
-def test_a_checkpoint_and_a_folder_of_images_become_features(tmp_path, monkeypatch):
+def test_a_head_out_of_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main(["--epochs", "1", "--batch-size", "256", "--prototypes", "16"])  # to the default folder, runs/digits
+    digits_run()
+    exec(block("import export_head"), {})
+    assert torch.load("head.pth", weights_only=True)["last_layer.weight_v"].shape == (16, 64)
+
+
+def digits_run():
+    """A short run in the default folder, runs/digits."""
+    main(["--epochs", "1", "--batch-size", "256", "--prototypes", "16"])
+
+
+def test_the_page_of_weights(tmp_path, monkeypatch, capsys):
+    """Every block of it, from the first to the last."""
+    page = (ROOT / "docs" / "weights.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    digits_run()
     (tmp_path / "images").mkdir()
-    for index, (image, _) in enumerate(zip(*digits(size=8)[1], strict=True)):
+    for index, (picture, _) in enumerate(zip(*digits(size=8)[1], strict=True)):
         if index < 5:
-            plt.imsave(tmp_path / "images" / f"{index}.png", image[0].numpy(), cmap="gray", vmin=0, vmax=1)
-    namespace: dict[str, object] = {}
-    from_array, from_folder = [block for block in BLOCKS if "features = torch.cat" in block]
-    exec(compile(from_array, "README.md", "exec"), namespace)
-    all_features = namespace["features"]
-    assert all_features.shape == (397, 128)
-    exec(compile(from_folder, "README.md", "exec"), namespace)
-    assert namespace["features"].shape == (5, 128)
-    assert namespace["features"].isfinite().all()
+            plt.imsave(tmp_path / "images" / f"{index}.png", picture[0].numpy(), cmap="gray", vmin=0, vmax=1)
+    theirs = export_head(DINOProjectionHead(6, 8, 4, 12, batch_norm=False), "dino")
+    sides = {"student": {f"module.head.{key}": value for key, value in theirs.items()}}
+    sides["teacher"] = {f"head.{key}": value for key, value in theirs.items()}
+    torch.save({**sides, "args": argparse.Namespace()}, "dino_vitbase16_pretrain_full_checkpoint.pth")
+    sequential = [nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4), nn.Identity()]
+    sequential = nn.Sequential(*sequential, nn.Linear(4, 12, bias=False))
+    flat = {f"projector.teacher.{key}": value for key, value in sequential.state_dict().items()}
+    namespace = {"head_of_stable_pretraining": flat}
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 8
+    shapes = []
+    for code in blocks:
+        exec(compile(code, "weights.md", "exec"), namespace)
+        if "projector.teacher" in code:
+            x = torch.randn(5, 6)
+            expected = sequential[-1](nn.functional.normalize(sequential[:-1](x), dim=-1))
+            torch.testing.assert_close(namespace["head"](x), expected)
+        if "features" in code and "images" in namespace:
+            assert namespace["features"].isfinite().all()
+            shapes.append(tuple(namespace["features"].shape))
+    assert shapes[:2] == [(397, 128), (5, 128)]
+    printed = capsys.readouterr().out
+    assert re.search(r"```\n(no head was loaded .*)\n```", page)[1] in printed
+    assert namespace["callbacks"][0].receipt.startswith("student.backbone frozen for 21 optimizer steps")
 
 
 def test_no_python_block_is_left_out():
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 7
 
 
 def test_the_table_of_guarantees_names_tests_that_exist():
@@ -104,9 +138,14 @@ def test_the_table_of_guarantees_names_tests_that_exist():
     assert [name for name in named if f"def {name}(" not in source] == []
 
 
-PROSE = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKS = [
+    (page.parent, link)
+    for page in PAGES
+    for link in re.findall(r"\]\((?!https?://)([^)#]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+]
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?://)([^)#]+)\)", PROSE))
-def test_links_lead_somewhere(link):
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize(("folder", "link"), LINKS)
+def test_links_lead_somewhere(folder, link):
+    assert (folder / link).exists()
