@@ -20,12 +20,18 @@ def listed(items: Sequence[str], most: int = 8) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
-def check_whole(tensors: Tensors, remedy: str) -> None:
-    """Raise ValueError for tensors without values of their own: shards, quantised, on the meta device."""
+def check_whole(tensors: Mapping[str, object], remedy: str) -> None:
+    """Raise ValueError for what is no ordinary tensor: shards, quantised, sparse, on the meta device."""
     for key, tensor in tensors.items():
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_meta:
-            kind = "a tensor without memory (on the meta device)" if tensor.is_meta else f"a {type(tensor).__name__}"
-            raise ValueError(f"{key} is {kind}, expected an ordinary tensor: {remedy}")
+        if not isinstance(tensor, Tensor) or type(tensor) not in (Tensor, nn.Parameter):
+            kind = f"a {type(tensor).__name__}"
+        elif tensor.layout is not torch.strided or tensor.is_nested:
+            kind = f"a tensor of layout {tensor.layout}, or nested"
+        elif tensor.is_meta:
+            kind = "a tensor without memory (on the meta device)"
+        else:
+            continue
+        raise ValueError(f"{key} is {kind}, expected an ordinary tensor: {remedy}")
 
 
 def arguments_for(tensors: Tensors, norm_last_layer: bool | None = None) -> dict[str, Any]:
@@ -57,23 +63,15 @@ def arguments_for(tensors: Tensors, norm_last_layer: bool | None = None) -> dict
 
 
 def with_last_layer(tensors: Tensors, *, is_weight_normed: bool) -> dict[str, Tensor]:
-    """The same head with a last layer of this form: w_k = g_k v_k / ||v_k||, or from it v = w and g = ||w||.
-
-    Raises:
-        ValueError: a row is zero, which has no direction.
-    """
+    """The same head with a last layer of this form: w_k = g_k v_k / ||v_k||, or from it v = w and g = ||w||."""
     converted = dict(tensors)
     if is_weight_normed and "last_layer.weight" in converted:
         weight = converted.pop("last_layer.weight")
         converted["last_layer.weight_g"] = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
         converted["last_layer.weight_v"] = weight
-    if "last_layer.weight_v" in converted:
-        zeros = int((converted["last_layer.weight_v"] == 0).all(dim=1).sum())
-        if zeros:
-            raise ValueError(f"{zeros} rows of the prototypes are zero, and weight norm divides by their norms")
-        if not is_weight_normed:
-            prototypes = weight_norm(converted.pop("last_layer.weight_v"), converted.pop("last_layer.weight_g"))
-            converted["last_layer.weight"] = prototypes
+    if not is_weight_normed and "last_layer.weight_v" in converted:
+        prototypes = weight_norm(converted.pop("last_layer.weight_v"), converted.pop("last_layer.weight_g"))
+        converted["last_layer.weight"] = prototypes
     return converted
 
 
@@ -81,7 +79,8 @@ def state_for(target: DINOProjectionHead, tensors: Tensors, names: Mapping[str, 
     """The tensors of a head as the state dict of `target`, in copies.
 
     Args:
-        target: what is to hold them. On the meta device it takes their precision, or torch's default if that is higher.
+        target: what is to hold them. On the meta device it takes the highest of their precisions, or torch's default if
+            that is higher.
         tensors: by our keys.
         names: by our keys, how the errors call them.
 
@@ -89,24 +88,48 @@ def state_for(target: DINOProjectionHead, tensors: Tensors, names: Mapping[str, 
         ValueError: they do not fit, or are not finite.
     """
     _check_fit(target, tensors, names)
-    default = torch.get_default_dtype()
+    precision = torch.get_default_dtype()
+    for tensor in tensors.values():
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:  # those of 8 bits cannot be promoted
+            precision = torch.promote_types(precision, tensor.dtype)
     wide = {  # a last layer that is converted is rounded once, at the end
-        key: tensor.to(torch.promote_types(tensor.dtype, default)) if tensor.is_floating_point() else tensor
-        for key, tensor in tensors.items()
+        key: tensor.to(precision) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()
     }
-    _check_finite(wide, names)
     layer = target.last_layer
-    wide = with_last_layer(wide, is_weight_normed=isinstance(layer, WeightNormPrototypes))
-    if isinstance(layer, WeightNormPrototypes) and not layer.weight_g.requires_grad:
+    converted = with_last_layer(wide, is_weight_normed=isinstance(layer, WeightNormPrototypes))
+    # Of a teacher, of which nothing is trainable, it cannot be said whether the norms are to stay 1.
+    if isinstance(layer, WeightNormPrototypes) and layer.weight_v.requires_grad and not layer.weight_g.requires_grad:
         plain = tensors.get("last_layer.weight")
-        _fix_norms(wide, tolerance=0.0 if plain is None else 16 * torch.finfo(plain.dtype).eps)
+        check_finite(wide, names)
+        _fix_norms(converted, tolerance=0.0 if plain is None else 1e-6 + torch.finfo(plain.dtype).eps)
     state = {}
     for key, value in target.state_dict().items():
-        tensor = wide.get(key, torch.tensor(0))  # older files do not count the batches of a batch norm
-        takes_precision = value.is_meta and value.is_floating_point()
-        state[key] = tensor.to(tensor.dtype if takes_precision else value.dtype, copy=True)
-    _check_finite(state, names)
+        is_new = value.is_meta and value.is_floating_point()
+        # Older files do not count the batches of a batch norm.
+        found = converted[key] if key in converted else torch.zeros((), device="cpu")
+        state[key] = found.to(precision if is_new else value.dtype, copy=True, memory_format=torch.contiguous_format)
+    check_finite(state, names)
     return state
+
+
+def check_finite(tensors: Tensors, names: Mapping[str, str]) -> None:
+    """Raise ValueError for values that are not finite, and for those that would make outputs that are not."""
+    for key, tensor in tensors.items():
+        bad, problem = ~tensor.isfinite(), "not finite"
+        if key.endswith("running_var"):
+            bad, problem = bad | (tensor < 0), "negative or not finite"
+        if bad.any():
+            raise ValueError(
+                f"{int(bad.sum()):,} of {tensor.numel():,} values of {names.get(key, key)} are {problem} in "
+                f"{tensor.dtype}: take a checkpoint from before they were, or a higher precision"
+            )
+    if "last_layer.weight_v" in tensors:
+        bad = ~weight_norm(tensors["last_layer.weight_v"], tensors["last_layer.weight_g"]).isfinite().all(dim=1)
+        if bad.any():
+            dtype = tensors["last_layer.weight_v"].dtype
+            raise ValueError(
+                f"{int(bad.sum()):,} rows of the prototypes have a norm of 0 in {dtype}, and weight norm divides by it"
+            )
 
 
 def _check_fit(target: DINOProjectionHead, tensors: Tensors, names: Mapping[str, str]) -> None:
@@ -131,16 +154,6 @@ def _check_fit(target: DINOProjectionHead, tensors: Tensors, names: Mapping[str,
             problems.append(f"{names[key]} is of {tensors[key].dtype}, expected floating-point numbers")
     if problems:
         raise ValueError(listed(problems))
-
-
-def _check_finite(tensors: Tensors, names: Mapping[str, str]) -> None:
-    for key, tensor in tensors.items():
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
-            raise ValueError(
-                f"{bad:,} of {tensor.numel():,} values of {names.get(key, key)} are not finite as {tensor.dtype}: take "
-                "a checkpoint from before they were not, or a head of a higher precision"
-            )
 
 
 def _fix_norms(tensors: dict[str, Tensor], tolerance: float) -> None:

@@ -1,7 +1,7 @@
 """The names that DINO heads have in checkpoints: which tensors are a head, and what each is to ours."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -35,7 +35,6 @@ IN_MLP = re.compile(
     r"(?:(.*)\.)??(?:(?:mlp|layers)\.(\d+)|mlp)\.(weight|bias|running_mean|running_var|num_batches_tracked)"
 )
 IN_LAST_LAYER = re.compile(rf"(?:(.*)\.)??last_layer\.({'|'.join(map(re.escape, OURS))})")
-TEACHER = {"teacher", "momentum", "ema"}
 
 
 @dataclass
@@ -46,6 +45,7 @@ class FoundHead:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # by our keys
     names: dict[str, str] = field(default_factory=dict)  # our keys -> the checkpoint's
     unexplained: list[str] = field(default_factory=list)  # keys of the checkpoint
+    roots: set[str] = field(default_factory=set)  # the path in the checkpoint, of which there should be one
 
 
 def without_wrappers(key: str) -> str:
@@ -62,8 +62,8 @@ def parse(key: str) -> tuple[str, str] | None:
     return None
 
 
-def find_heads(tensors: Mapping[str, Tensor]) -> dict[str, FoundHead]:
-    """All heads, by their paths: where an MLP and a last layer are side by side."""
+def find_heads(tensors: Mapping[str, Tensor], others: Iterable[str] = ()) -> dict[str, FoundHead]:
+    """All heads, by their paths: where an MLP and a last layer are side by side. `others`: keys without a tensor."""
     keys = {name: without_wrappers(name) for name in tensors}
     parts: dict[str, set[str]] = {}
     for path, ours in filter(None, map(parse, keys.values())):
@@ -73,36 +73,47 @@ def find_heads(tensors: Mapping[str, Tensor]) -> dict[str, FoundHead]:
         for path, head in heads.items():
             if path and not key.startswith(f"{path}."):
                 continue
-            match parse(key):
-                case (of, ours) if of == path and ours not in head.tensors:
-                    head.tensors[ours], head.names[ours] = tensors[name], name
-                case _:
-                    head.unexplained.append(name)
+            of, ours = parse(key) or (None, "")
+            if of == path:
+                head.roots.add(_root(name, path))
+            if of == path and ours not in head.tensors:
+                head.tensors[ours], head.names[ours] = tensors[name], name
+            else:
+                head.unexplained.append(name)
+    for name in others:
+        names = without_wrappers(name).split(".")
+        for index, part in enumerate(names):
+            path = ".".join(names[:index])
+            if part in ("mlp", "layers", "last_layer") and path in heads:
+                heads[path].unexplained.append(name)
     return heads
+
+
+def _root(name: str, path: str) -> str:
+    """The path as it is in a key, with wrappers: of `module.head.mlp.0.bias` and `head` it is `module.head`."""
+    parts = name.split(".")
+    return next(root for end in range(len(parts)) if without_wrappers(root := ".".join(parts[:end])) == path)
 
 
 def select(heads: Mapping[str, FoundHead], part: str) -> FoundHead:
     """The one head that `part` names; see `load_head`."""
-    words = {path: re.split(r"[._]", path) for path in heads}
-    teachers = {path for path in heads if TEACHER & set(words[path])}
+    teachers = [path for path in heads if re.search(r"teacher|momentum|(^|[._])ema([._]|$)", path.lower())]
+    students = [path for path in heads if "student" in path.lower() and path not in teachers]
+    neutral = [path for path in heads if path not in teachers and path not in students]
     choices = [
         [path for path in heads if path == part],
         [path for path in heads if f".{part}." in f".{path}."],
-        [path for path in heads if part in words[path]],
     ]
-    if part == "teacher":
-        choices.append(sorted(teachers))
-    if part in ("teacher", "student") and not any(choices):
-        neutral = [path for path in heads if path not in teachers and "student" not in words[path]]
+    if part in ("teacher", "student"):
+        choices.append(teachers if part == "teacher" else students)
         # A head without a side is the student beside a teacher's, and anyone's where it is alone.
-        if neutral and (part == "student" or len(heads) == 1):
-            choices.append(neutral)
+        choices.append(neutral if (part == "student" and not students) or len(heads) == 1 else [])
+    else:
+        choices.append([path for path in heads if part in re.split(r"[._]", path)])
     chosen = next((paths for paths in choices if paths), [])
     if len(chosen) == 1:
         return heads[chosen[0]]
-    there = ", ".join(repr(path) for path in heads)
+    there = ", ".join(map(repr, chosen or heads))
     if not chosen:
         raise ValueError(f"there is no head {part!r}, but {there}: give one of these as part")
-    raise ValueError(
-        f"{len(chosen)} heads go by part={part!r}: {', '.join(map(repr, chosen))}: give one of these as part"
-    )
+    raise ValueError(f"{len(chosen)} heads go by part={part!r}: {there}: give one of these as part")

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dino_head._convert import arguments_for, check_whole, listed, state_for, with_last_layer
+from dino_head._convert import arguments_for, check_finite, check_whole, listed, state_for, with_last_layer
 from dino_head._files import Contents, read
-from dino_head._layouts import LAYOUTS, FoundHead, find_heads, select, without_wrappers
+from dino_head._layouts import LAYOUTS, FoundHead, find_heads, parse, select, without_wrappers
 from dino_head.head import DINOProjectionHead
 
 logger = logging.getLogger("dino_head.checkpoints")
@@ -58,6 +58,8 @@ def load_head(
             that are not finite; the file is something else.
         OSError: the file cannot be opened.
     """
+    if norm_last_layer not in (None, True, False):
+        raise ValueError(f"norm_last_layer must be True, False or None, got {norm_last_layer!r}")
     if head is not None:
         _check_head(head)
         check_whole(head.state_dict(), "load the head before it is sharded, and after it has memory")
@@ -71,8 +73,10 @@ def load_head(
         name = "the state dict" if isinstance(source, Mapping) else os.fspath(source)
         raise ValueError(f"no head was loaded from {name}: {error}") from None
     target.load_state_dict(state, assign=head is None)
-    why = "asked for" if norm_last_layer is not None else "of the head that was given" if head is not None else ""
-    logger.info("%s", "\n".join([*_report(found, target, state, why), *_rest(contents, [found])]))
+    why = "into the head that was given" if head is not None else ""
+    if norm_last_layer is not None:
+        why = f"norm_last_layer={norm_last_layer}: asked for"
+    logger.info("%s", "\n".join([*_report(found, state, why), *_rest(contents, [found])]))
     return target
 
 
@@ -94,21 +98,29 @@ def export_head(
     Raises:
         ValueError: another layout, no head, or one that is sharded.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    if layout not in [*LAYOUTS]:
+        raise ValueError(
+            f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}: DINOv2 and solo-learn have the "
+            "layout 'dino', nidl has 'lightly'"
+        )
     _check_head(head)
     state = head.state_dict()
+    unknown = [key for key in state if parse(key) != ("", key)]
+    if unknown:
+        raise ValueError(f"no layout has a place for {listed(unknown)} of {type(head).__name__}: export a plain head")
     check_whole(state, "gather it first, full_tensor() of a DTensor, into a head that is not sharded")
     mlp, last_layer = LAYOUTS[layout]
     is_single = mlp == "mlp" and len(head.layers) == 1
     exported = {}
-    for key, value in with_last_layer(state, is_weight_normed="weight_v" in last_layer).items():
+    state = with_last_layer(state, is_weight_normed="weight_v" in last_layer)
+    check_finite(state, {})
+    for key, value in state.items():
         place, name = key.split(".", 1)
         if place == "last_layer":
             theirs = f"last_layer.{last_layer[name]}"
         else:
             theirs = f"{mlp}.{name.removeprefix('0.') if is_single else name}"
-        exported[theirs] = value.detach().to("cpu", copy=True)
+        exported[theirs] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     return exported
 
 
@@ -122,16 +134,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     file = parser.parse_args(arguments).file
     try:
         contents = read(file)
-        heads = _heads_of(contents).values()
-    except (ValueError, OSError) as error:
+        heads = _heads_of(contents)
+    except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
-    for head in heads:
+    print(f"heads: {', '.join(path or 'the whole file' for path in heads)}")
+    is_whole = True
+    for head in heads.values():
         try:
-            print("\n".join(_report(head, *_fit(head))))
+            report = _report(head, _fit(head)[1])
         except ValueError as error:
-            print(f"error: {error}")
-        print()
-    print("\n".join(_rest(contents, heads)))
+            report, is_whole = [f"error: {error}"], False
+        print("", *report, sep="\n")
+    print("", *_rest(contents, heads.values()), sep="\n")
+    if not is_whole:
+        raise SystemExit(1)
 
 
 def _check_head(head: object) -> None:
@@ -140,14 +156,15 @@ def _check_head(head: object) -> None:
 
 
 def _heads_of(contents: Contents) -> dict[str, FoundHead]:
-    heads = find_heads(contents.tensors)
+    heads = find_heads(contents.tensors, contents.others)
     if not heads:
         hint = ""
         if any(key.endswith("_flat_param") for key in contents.tensors):
             hint = ". These are flat shards of FSDP: save a full state dict, or take the file of the run's evaluation"
         raise ValueError(
-            "there is no DINO head, which is an MLP (mlp.* or layers.*) beside a last_layer.*, but "
-            f"{listed(_groups(contents.tensors, [])) or 'no tensor at all'}{hint}"
+            "there is no DINO head (an MLP, mlp.* or layers.*, beside a last_layer.*). There is "
+            f"{listed(_groups(contents.tensors, [])) or 'no tensor at all'}: perhaps the backbone alone, and the head "
+            f"in the checkpoint of the training{hint}"
         )
     return heads
 
@@ -157,6 +174,8 @@ def _fit(
 ) -> tuple[DINOProjectionHead, dict[str, Tensor]]:
     """The module to load into, a new one still without memory, and what it is to hold."""
     name = f"the head {found.path!r}" if found.path else "the head"
+    if len(found.roots) > 1:
+        raise ValueError(f"{name} is there twice, as {listed(sorted(found.roots))}: pass a state dict with one of them")
     if found.unexplained:
         raise ValueError(
             f"{name} has keys beside it that a DINO head has not, {listed(found.unexplained)}: if it is whole without "
@@ -171,18 +190,21 @@ def _fit(
     try:
         return target, state_for(target, found.tensors, found.names)
     except ValueError as error:
-        what = "would be" if head is None else "does not fit the one that was given, but"
-        raise ValueError(f"{name} {what} {_call(arguments)}: {error}") from None
+        if head is None:
+            raise ValueError(f"{name} would be {_call(arguments)}, but {error}") from None
+        own = arguments_for(head.state_dict())
+        unlike = [f"{key}={value}, not {own[key]}" for key, value in arguments.items() if value != own[key]]
+        raise ValueError(
+            f"{name} does not fit the one that was given{f', it has {listed(unlike)}' if unlike else ''}: {error}"
+        ) from None
 
 
-def _report(found: FoundHead, target: DINOProjectionHead, state: Mapping[str, Tensor], why_norm: str = "") -> list[str]:
+def _report(found: FoundHead, state: Mapping[str, Tensor], why: str = "") -> list[str]:
     """What is loaded, and what became of each key."""
-    norm = not target.last_layer.weight_g.requires_grad if "last_layer.weight_g" in state else None
+    arguments = arguments_for(state)
+    norm = arguments["norm_last_layer"]
     reasons = {None: "there is no weight norm", True: "each weight_g is 1", False: "a weight_g is not 1"}
-    lines = [
-        f"{found.path or 'head'}: {_call(arguments_for(state, norm))}",
-        f"  norm_last_layer={norm}: {why_norm or reasons[norm]}",
-    ]
+    lines = [f"{found.path or 'head'}: {_call(arguments)}", f"  {why or f'norm_last_layer={norm}: {reasons[norm]}'}"]
     added = [key for key in state if key not in found.tensors]
     for key, tensor in found.tensors.items():
         becomes = key if key in state else " and ".join(key for key in added if key.startswith("last_layer."))

@@ -17,6 +17,7 @@ import torch
 from augment import digit_views
 from dino_module import DINO
 from fit_digits import Digits, Labelled, conv_net, digits
+from interrupt import check_readable
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from safetensors.torch import save_file
@@ -84,12 +85,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prototypes", type=int, help="of a new head (default: the head of the checkpoint)")
     parser.add_argument("--seed", type=int, default=0, help="of order and augmentation (%(default)s)")
     args = parser.parse_args(arguments)
+    for name, least in (("epochs", 1), ("warmup_steps", 0), ("prototypes", 2), ("seed", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not args.checkpoint.exists():
         parser.error(
             f"{args.checkpoint} is not there: run examples/fit_digits.py first, or name another with --checkpoint"
         )
-    if args.out.exists() and any(args.out.iterdir()):
-        parser.error(f"{args.out} is not empty: choose another folder with --out")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"{args.out} is no empty folder: choose another with --out")
+    try:
+        check_readable(args.checkpoint)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -118,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "knn_top1_before": round(start, 4),
         "knn_top1": history,
         "knn_top1_of_the_backbone_written": max(history),
-        "fell_below_the_start": len(history) < args.epochs,
+        "fell_below_the_start": history[-1] < start - chance,
     }
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2))
     print(json.dumps(summary, indent=2))

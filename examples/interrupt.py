@@ -16,11 +16,11 @@ def checkpoints(out: Path) -> list[Path]:
 def check_readable(file: Path) -> None:
     """Raise ValueError if the file is not a whole checkpoint."""
     try:
-        torch.load(file, map_location="cpu", weights_only=True)
+        torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:  # whatever is in the file
         raise ValueError(
-            f"{file} is no whole checkpoint ({type(error).__name__}: {str(error).splitlines()[0]}). Nothing was "
-            "changed: move it away, and --resume goes on from the one before it, if there is any"
+            f"{file} is no whole checkpoint ({type(error).__name__}). Nothing was changed: go on from another (of a run "
+            "that is resumed: move it away, and --resume takes the one before it, if there is any)"
         ) from None
 
 

@@ -46,11 +46,6 @@ def under(prefix, state):
     return {prefix + key: value for key, value in state.items()}
 
 
-def insert(key):
-    """As activation checkpointing of a layer names it."""
-    return key.replace(".", "._checkpoint_wrapped_module.", 1)
-
-
 # What people have. Each makes a checkpoint of the states of two heads.
 
 BACKBONE = {"backbone.blocks.0.mlp.fc1.weight": torch.ones(3, 3), "backbone.norm.weight": torch.ones(3)}
@@ -96,7 +91,7 @@ CHECKPOINTS = {
     },
     "compiled and sharded": lambda teacher, student: {
         "state_dict": {
-            f"model.{side}._orig_mod.head._fsdp_wrapped_module.{insert(key)}": value
+            f"model.{side}._orig_mod.head._fsdp_wrapped_module.{key}": value
             for side, state in (("student", student), ("teacher", teacher))
             for key, value in state.items()
         }
@@ -150,8 +145,47 @@ def test_the_other_side_is_never_taken_for_the_one_asked_for():
     for side, other in (("teacher", "student"), ("student", "teacher")):
         with pytest.raises(ValueError, match=f"there is no head '{side}', but '{other}_head'"):
             load_head(under(f"{other}_head.", head_like().state_dict()), side)
-    with pytest.raises(ValueError, match="there is no head 'teacher', but 'a', 'b'"):
+    with pytest.raises(ValueError, match=r"there is no head 'teacher', but 'a', 'b'"):
         load_head(under("a.", head_like().state_dict()) | under("b.", head_like().state_dict()))
+
+
+@pytest.mark.parametrize("prefix", ["Student.head.", "studentHead.", "student-head.", "student2."])
+def test_a_side_is_known_in_any_spelling(prefix):
+    state = under(prefix, head_like().state_dict())
+    with pytest.raises(ValueError, match=r"there is no head 'teacher'"):
+        load_head(state)
+    assert bitwise_equal(load_head(state, "student").state_dict(), head_like().state_dict())
+
+
+def test_an_average_of_the_student_is_a_teacher():
+    average, student = head_like(1), head_like(2)
+    state = under("ema_student_head.", average.state_dict()) | under("head.", student.state_dict())
+    assert bitwise_equal(load_head(state).state_dict(), average.state_dict())
+    assert bitwise_equal(load_head(state, "student").state_dict(), student.state_dict())
+
+
+def test_the_whole_path_goes_before_a_part_of_it():
+    one, other = head_like(1), head_like(2)
+    state = under("head.", one.state_dict()) | under("x.head.", other.state_dict())
+    assert bitwise_equal(load_head(state, "head").state_dict(), one.state_dict())
+    assert bitwise_equal(load_head(state, "x").state_dict(), other.state_dict())
+
+
+def test_two_heads_that_differ_in_a_wrapper_are_not_mixed():
+    one, other = (export_head(head_like(seed), "dino") for seed in (1, 2))
+    mixed = under("module.head.", one) | under("head.", other)
+    halves = {key: value for key, value in mixed.items() if ("mlp" in key) == key.startswith("module.")}
+    for state in (mixed, halves):
+        with pytest.raises(
+            ValueError, match=r"'head' is there twice, as head, module.head: pass a state dict with one"
+        ):
+            load_head(state)
+
+
+def test_a_head_in_a_head_is_no_part_of_it():
+    state = under("head.", head_like().state_dict()) | under("head.layers.9.", head_like(2).state_dict())
+    with pytest.raises(ValueError, match=r"has keys beside it that a DINO head has not, head.layers.9.layers.0.weight"):
+        load_head(state, "head")
 
 
 # Layouts, one into another.
@@ -206,6 +240,32 @@ def test_weight_norm_of_torch_reads_what_is_exported():
     torch.testing.assert_close(modern.weight, head.last_layer.weight)
 
 
+class WithMore(DINOProjectionHead):
+    def __init__(self):
+        super().__init__(6, 8, 4, 12)
+        self.predictor = nn.Sequential(nn.Linear(4, 4))
+
+
+def test_a_head_with_parts_of_its_own_is_neither_exported_nor_filled():
+    with pytest.raises(ValueError, match=r"no layout has a place for predictor.0.weight, predictor.0.bias of WithMore"):
+        export_head(WithMore(), "dino")
+    with pytest.raises(ValueError, match=r"predictor.0.weight is missing"):
+        load_head(head_like().state_dict(), head=WithMore())
+
+
+def test_what_would_not_be_finite_is_not_exported():
+    head = head_like(norm_last_layer=None).half()
+    head.last_layer.weight.data.fill_(60000)
+    with pytest.raises(ValueError, match=r"12 of 12 values of last_layer.weight_g are not finite"):
+        export_head(head, "dino")
+    head.last_layer.weight.data.zero_()
+    with pytest.raises(ValueError, match=r"12 rows of the prototypes have a norm of 0"):
+        export_head(head, "dino")
+    assert not export_head(head, "dinov3")["last_layer.weight"].any()
+    with pytest.raises(ValueError, match=r"layers.0.weight is a tensor without memory .*: gather it first"):
+        export_head(head.to("meta"), "dino")
+
+
 def test_an_export_is_a_copy():
     head = head_like()
     exported = export_head(head, "lightly")
@@ -213,6 +273,18 @@ def test_an_export_is_a_copy():
     head.last_layer.weight_v.data.zero_()
     assert bitwise_equal(exported, kept)
     assert not any(value.requires_grad for value in exported.values())
+
+
+def test_strides_are_not_kept():
+    """safetensors refuses tensors that are not contiguous, such as those of a file that was converted from JAX."""
+    columns = {
+        key: value.t().contiguous().t() if value.ndim == 2 else value for key, value in head_like().state_dict().items()
+    }
+    loaded = load_head(columns)
+    assert all(value.is_contiguous() for value in loaded.state_dict().values())
+    head = head_like(norm_last_layer=None)
+    head.last_layer.weight.data = head.last_layer.weight.data.t().contiguous().t()
+    assert all(value.is_contiguous() for layout in LAYOUTS for value in export_head(head, layout).values())
 
 
 @pytest.mark.parametrize(("head", "layout", "message"), [
@@ -243,14 +315,16 @@ WRAPPED = st.lists(
     norm=st.sampled_from([True, False, None]),
     layout=st.sampled_from(LAYOUTS),
     prefix=WRAPPED,
+    inside=st.sampled_from(["", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."]),
     seed=st.integers(0, 99),
 )
 def test_any_head_comes_back_from_any_layout_and_prefix(
-    widths, num_layers, batch_norm, bias, norm, layout, prefix, seed
+    widths, num_layers, batch_norm, bias, norm, layout, prefix, inside, seed
 ):
     options = dict(zip(("input_dim", "hidden_dim", "bottleneck_dim", "output_dim"), widths, strict=True))
     head = head_like(seed, **options, num_layers=num_layers, batch_norm=batch_norm, bias=bias, norm_last_layer=norm)
-    loaded = load_head(under("".join(f"{part}." for part in prefix), export_head(head, layout)))
+    state = {key.replace(".", f".{inside}", 1): value for key, value in export_head(head, layout).items()}
+    loaded = load_head(under("".join(f"{part}." for part in prefix), state))
     assert [*map(repr, loaded.layers)] == [*map(repr, head.layers)]
     assert loaded.state_dict()["layers.0.weight"].shape == (widths[1] if num_layers > 1 else widths[2], widths[0])
     torch.testing.assert_close(outputs(loaded), outputs(head), rtol=1e-5, atol=1e-6)
@@ -277,16 +351,52 @@ def test_fixed_norms_that_are_not_1_are_refused():
             load_head(export_head(head_like(norm_last_layer=False), layout), norm_last_layer=True)
 
 
+PRECISIONS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def test_a_norm_that_is_nan_is_not_taken_for_1():
+    state = head_like().state_dict()
+    state["last_layer.weight_g"] = with_value(float("nan"))(state["last_layer.weight_g"])
+    with pytest.raises(ValueError, match=r"1 of 12 values of last_layer.weight_g are not finite"):
+        load_head(state, head=head_like())
+
+
 @pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", PRECISIONS)
 def test_a_plain_last_layer_gets_weight_norm_where_asked_for(norm, dtype):
     head = head_like(norm_last_layer=norm).to(dtype)
     plain = export_head(head, "dinov3")
     loaded = load_head(plain, norm_last_layer=norm)
     assert loaded.last_layer.weight_g.requires_grad is not norm
     assert not norm or (loaded.last_layer.weight_g == 1).all()
-    atol = 1e-6 if dtype == torch.float32 else 1e-3
-    torch.testing.assert_close(loaded.last_layer.weight, plain["last_layer.weight"].float(), rtol=0, atol=atol)
+    weight = plain["last_layer.weight"].float()
+    torch.testing.assert_close(loaded.last_layer.weight, weight, rtol=0, atol=PRECISIONS[dtype])
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_norms_near_1_are_not_1(dtype):
+    plain = export_head(head_like(norm_last_layer=True), "dinov3")
+    plain["last_layer.weight"] *= 1 + 3 * PRECISIONS[dtype]
+    with pytest.raises(ValueError, match=r"fixes the norms of the prototypes at 1, but they are 1"):
+        load_head({key: value.to(dtype) for key, value in plain.items()}, norm_last_layer=True)
+
+
+@pytest.mark.parametrize("source", [False, None])
+def test_a_teacher_is_filled_whatever_its_norms(source):
+    """Nothing of it is trainable, so that it cannot be said whether its norms are fixed at 1."""
+    head = head_like(norm_last_layer=source)
+    teacher = head_like(2, norm_last_layer=False).requires_grad_(False)
+    load_head(head.state_dict(), head=teacher)
+    torch.testing.assert_close(outputs(teacher), outputs(head))
+    assert teacher.last_layer.weight_g.std() > 0.01
+
+
+def test_a_direction_that_vanishes_in_the_given_head_is_refused():
+    head = head_like(norm_last_layer=False)
+    head.last_layer.weight_v.data.mul_(1e-8)
+    torch.testing.assert_close(outputs(load_head(head.state_dict())), outputs(head))
+    with pytest.raises(ValueError, match=r"12 rows of the prototypes have a norm of 0 in torch.float16"):
+        load_head(head.state_dict(), head=head_like(norm_last_layer=False).half())
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [
@@ -301,9 +411,19 @@ def test_no_precision_is_lost(dtype, expected):
         assert torch.equal(value.double(), state[key].double())
 
 
+def test_a_head_has_one_precision():
+    state = head_like().state_dict()
+    state["last_layer.weight_g"] = state["last_layer.weight_g"].double()
+    loaded = load_head(state)
+    assert {value.dtype for value in loaded.parameters()} == {torch.float64}
+    state["last_layer.weight_g"] = state["last_layer.weight_g"].to(torch.float8_e4m3fn)
+    assert {value.dtype for value in load_head(state).parameters()} == {torch.float32}
+
+
 def test_old_files_do_not_count_batches():
     state = {key: value for key, value in head_like().state_dict().items() if "num_batches" not in key}
-    loaded = load_head(state)
+    with torch.device("meta"):  # that of the caller does not matter
+        loaded = load_head(state)
     assert loaded.layers[1].num_batches_tracked == 0
     torch.testing.assert_close(outputs(loaded), outputs(head_like()))
 
@@ -376,8 +496,14 @@ WRONG = {
     "keys beside it that a DINO head has not, mlp.0.weight": ("mlp.0.weight", torch.ones(8, 6)),
     "1 of 48 values of layers.0.weight are not finite": ("layers.0.weight", with_value(float("nan"))),
     "1 of 12 values of last_layer.weight_g are not finite": ("last_layer.weight_g", with_value(float("inf"))),
-    "12 rows of the prototypes are zero": ("last_layer.weight_v", torch.zeros_like),
+    "12 rows of the prototypes have a norm of 0": ("last_layer.weight_v", torch.zeros_like),
     "layers.0.weight is of torch.int8, expected floating": ("layers.0.weight", torch.ones(8, 6, dtype=torch.int8)),
+    "3 of 8 values of layers.1.running_var are negative or not": (
+        "layers.1.running_var", torch.tensor([1.0, -1.0, 2.0, -0.1, 1.0, 0.0, 1.0, float("nan")])
+    ),
+    "layers.0.weight is a tensor of layout torch.sparse_coo": ("layers.0.weight", lambda value: value.to_sparse()),
+    "keys beside it that a DINO head has not, layers.0.weight": ("layers.0.weight", lambda value: value.numpy()),
+    "keys beside it that a DINO head has not, last_layer.bias.x": ("last_layer.bias", {"x": 3}),
     "layers.0.weight is a tensor without memory": ("layers.0.weight", torch.ones(8, 6, device="meta")),
     "layers.0.weight is a Strange, expected an ordinary tensor: gather": (
         "layers.0.weight", lambda value: value.as_subclass(type("Strange", (torch.Tensor,), {}))
@@ -396,22 +522,20 @@ def test_a_head_that_is_not_whole_is_refused_and_nothing_changes(message, exists
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"output_dim": 11}, r"weight_v has shape \(12, 4\), expected \(11, 4\)"),
-    ({"batch_norm": False}, "layers.1.weight has no place in it"),
+    ({"output_dim": 11}, r"it has output_dim=12, not 11: .*weight_v has shape \(12, 4\), expected \(11, 4\)"),
+    ({"batch_norm": False}, "batch_norm=True, not False.*layers.1.weight has no place in it"),
     ({"bias": True}, "layers.0.bias is missing"),
     ({"num_layers": 2}, "layers.6.weight has no place in it"),
 ])  # fmt: skip
 def test_a_head_of_another_size_is_refused(options, message):
-    with pytest.raises(ValueError, match=f"does not fit the one that was given, but DINOP.*input_dim=6.*{message}"):
+    with pytest.raises(ValueError, match=f"does not fit the one that was given.*{message}"):
         load_head(head_like().state_dict(), head=head_like(**options))
 
 
 def test_a_value_that_overflows_in_the_given_head_is_refused():
     state = broken("layers.0.weight", with_value(1e6))
     head = head_like(norm_last_layer=False).half()
-    with pytest.raises(
-        ValueError, match=r"layers.0.weight are not finite as torch.float16: .* a head of a higher precision"
-    ):
+    with pytest.raises(ValueError, match=r"layers.0.weight are not finite in torch.float16: .* a higher precision"):
         load_head(state, head=head)
 
 
@@ -421,15 +545,17 @@ def test_heads_that_cannot_be_loaded_into():
         empty = DINOProjectionHead(6, 8, 4, 12)
     with pytest.raises(ValueError, match=r"layers.0.weight is a tensor without memory .* after it has memory"):
         load_head(state, head=empty)
-    with pytest.raises(ValueError, match="expected a DINOProjectionHead, got a Linear"):
+    with pytest.raises(ValueError, match=r"expected a DINOProjectionHead, got a Linear"):
         load_head(state, head=nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="leave one of the two out"):
+    with pytest.raises(ValueError, match=r"leave one of the two out"):
         load_head(state, head=head_like(), norm_last_layer=True)
+    with pytest.raises(ValueError, match=r"norm_last_layer must be True, False or None, got 'False'"):
+        load_head(state, norm_last_layer="False")
 
 
 @pytest.mark.parametrize(("source", "message"), [
-    ({}, "no DINO head, .*but no tensor at all"),
-    ({"state_dict": {"head.mlp.0.weight": torch.ones(2, 2)}}, "no DINO head, .*state_dict.head.*"),
+    ({}, "no DINO head .*There is no tensor at all"),
+    ({"state_dict": {"head.mlp.0.weight": torch.ones(2, 2)}}, "no DINO head .*There is state_dict.head.*"),
     ({"last_layer.weight": torch.ones(2, 2)}, "no DINO head"),
     ({"student.dino_head._flat_param": torch.ones(2)}, "flat shards of FSDP: save a full state dict"),
     ({"mlp.0.bias": torch.ones(2), "last_layer.weight": torch.ones(2, 2)}, "its MLP has no matrix"),
@@ -478,7 +604,7 @@ def test_every_key_is_reported(caplog):
     (None, {}, "norm_last_layer=None: there is no weight norm"),
     (True, {"norm_last_layer": False}, "norm_last_layer=False: asked for"),
     (None, {"norm_last_layer": False}, "last_layer.weight -> last_layer.weight_g and last_layer.weight_v (12, 4)"),
-    (False, {"head": head_like(norm_last_layer=None)}, "norm_last_layer=None: of the head that was given"),
+    (False, {"head": head_like(norm_last_layer=None)}, "  into the head that was given"),
     (False, {"head": head_like(norm_last_layer=None)}, "last_layer.weight_g -> last_layer.weight (12, 1)"),
     (None, {"head": head_like(norm_last_layer=None).double()}, "(8, 6) torch.float32, now torch.float64"),
 ])  # fmt: skip
@@ -495,10 +621,13 @@ def test_the_command_shows_what_is_inside_and_changes_nothing(tmp_path):
     torch.save(CHECKPOINTS["DINO"](export_head(head_like(), "dinov3"), student), file)
     before = file.read_bytes()
     command = [sys.executable, "-m", "dino_head.checkpoints", str(file)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert lines[0].startswith("error: the head 'student.head' would be DINO")
-    assert "4 of 4 values of student.module.head.layers.6.bias are not finite" in lines[0]
-    assert lines[2].startswith("teacher.head: DINOProjectionHead(input_dim=6, hidden_dim=8, bottleneck_dim=4")
+    run = subprocess.run(command, capture_output=True, text=True)
+    lines = run.stdout.splitlines()
+    assert run.returncode == 1  # as one of the heads is broken
+    assert lines[0] == "heads: student.head, teacher.head"
+    assert lines[2].startswith("error: the head 'student.head' would be DINO")
+    assert "4 of 4 values of student.module.head.layers.6.bias are not finite" in lines[2]
+    assert lines[4].startswith("teacher.head: DINOProjectionHead(input_dim=6, hidden_dim=8, bottleneck_dim=4")
     assert "  teacher.head.mlp.6.bias -> layers.6.bias (4,) torch.float32" in lines
     assert lines[-2:] == [
         "not used: student.backbone.* (2 tensors), teacher.backbone.* (2 tensors), optimizer.*, dino_loss.*",
@@ -508,11 +637,19 @@ def test_the_command_shows_what_is_inside_and_changes_nothing(tmp_path):
     assert [*tmp_path.iterdir()] == [file]
 
 
+def test_the_command_shows_every_whole_head(tmp_path, capsys):
+    torch.save(head_like().state_dict(), tmp_path / "head.pth")
+    main([str(tmp_path / "head.pth")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["heads: the whole file", ""]
+    assert len(lines) == 2 + 2 + len(head_like().state_dict()) + 1
+
+
 def test_the_command_says_what_is_wrong(tmp_path):
     torch.save({"backbone.weight": torch.ones(2)}, tmp_path / "backbone.pth")
     for name, message in (
         ("nothing.pth", "No such file"),
-        ("backbone.pth", "error: there is no DINO head, .*backbone.weight"),
+        ("backbone.pth", "error: there is no DINO head .*backbone.weight"),
     ):
         with pytest.raises(SystemExit, match=message):
             main([str(tmp_path / name)])

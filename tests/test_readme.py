@@ -84,7 +84,7 @@ def test_a_head_out_of_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     digits_run()
     exec(block("import export_head"), {})
-    assert torch.load("head.pth", weights_only=True)["last_layer.weight_v"].shape == (16, 64)
+    assert torch.load("runs/head.pth", weights_only=True)["last_layer.weight_v"].shape == (16, 64)
 
 
 def digits_run():
@@ -104,20 +104,28 @@ def test_the_page_of_weights(tmp_path, monkeypatch, capsys):
     theirs = export_head(DINOProjectionHead(6, 8, 4, 12, batch_norm=False), "dino")
     sides = {"student": {f"module.head.{key}": value for key, value in theirs.items()}}
     sides["teacher"] = {f"head.{key}": value for key, value in theirs.items()}
-    torch.save({**sides, "args": argparse.Namespace()}, "dino_vitbase16_pretrain_full_checkpoint.pth")
+    sides["teacher"]["backbone.norm.weight"] = torch.ones(3)
+    center = {"dino_loss": {"center": torch.randn(1, 65536)}}
+    torch.save({**sides, **center, "args": argparse.Namespace()}, "dino_vitbase16_pretrain_full_checkpoint.pth")
+    torch.save({"teacher": sides["teacher"] | {"head.last_layer2.weight_g": torch.ones(2)}}, "ibot.pth")
     sequential = [nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4), nn.Identity()]
     sequential = nn.Sequential(*sequential, nn.Linear(4, 12, bias=False))
     flat = {f"projector.teacher.{key}": value for key, value in sequential.state_dict().items()}
-    namespace = {"head_of_stable_pretraining": flat}
+    torch.save({"state_dict": flat | {"backbone.teacher.norm.weight": torch.ones(3)}}, "stable_pretraining.ckpt")
+    namespace: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     shapes = []
     for code in blocks:
         exec(compile(code, "weights.md", "exec"), namespace)
         if "projector.teacher" in code:
             x = torch.randn(5, 6)
             expected = sequential[-1](nn.functional.normalize(sequential[:-1](x), dim=-1))
-            torch.testing.assert_close(namespace["head"](x), expected)
+            torch.testing.assert_close(namespace["projector"](x), expected)
+            assert torch.equal(namespace["head"].last_layer.weight_v, theirs["last_layer.weight_v"])
+        if "dino_loss" in code:
+            assert torch.equal(namespace["loss"].center[0], center["dino_loss"]["center"])
+            assert namespace["weights"].keys() == {"norm.weight"}
         if "features" in code and "images" in namespace:
             assert namespace["features"].isfinite().all()
             shapes.append(tuple(namespace["features"].shape))

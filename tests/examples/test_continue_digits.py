@@ -125,8 +125,16 @@ def test_it_stops_when_the_features_become_worse_than_at_the_start(checkpoint, t
 
 def test_nothing_is_overwritten_and_no_checkpoint_is_missed(checkpoint, tmp_path, capsys):
     (tmp_path / "kept.txt").touch()
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    torch.save({"backbone": {}}, tmp_path / "other.ckpt")
+    new = ["--out", str(tmp_path / "new")]
     for options, message in (
-        (["--checkpoint", str(checkpoint), "--out", str(tmp_path)], "is not empty: choose another folder"),
+        (["--epochs", "0"], "--epochs must be at least 1, got 0"),
+        (["--prototypes", "1"], "--prototypes must be at least 2, got 1"),
+        (["--checkpoint", str(checkpoint), "--out", str(tmp_path / "kept.txt")], "is no empty folder"),
+        (["--checkpoint", str(tmp_path / "text.ckpt"), *new], "text.ckpt is no whole checkpoint"),
+        (["--checkpoint", str(tmp_path / "other.ckpt"), *new], "other.ckpt is no whole checkpoint (KeyError)"),
+        (["--checkpoint", str(checkpoint), "--out", str(tmp_path)], "is no empty folder: choose another"),
         (
             ["--checkpoint", str(tmp_path / "no.ckpt"), "--out", str(tmp_path / "new")],
             "run examples/fit_digits.py first",
@@ -135,7 +143,7 @@ def test_nothing_is_overwritten_and_no_checkpoint_is_missed(checkpoint, tmp_path
         with pytest.raises(SystemExit):
             main(options)
         assert message in capsys.readouterr().err
-    assert [*tmp_path.iterdir()] == [tmp_path / "kept.txt"]
+    assert {file.name for file in tmp_path.iterdir()} == {"kept.txt", "text.ckpt", "other.ckpt"}
 
 
 def test_the_head_of_a_lightning_checkpoint_is_found_by_its_side(checkpoint, tmp_path):
