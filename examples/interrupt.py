@@ -19,8 +19,8 @@ def check_readable(file: Path) -> None:
         torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:  # whatever is in the file
         raise ValueError(
-            f"{file} is no whole checkpoint ({type(error).__name__}). Nothing was changed: go on from another one; of a "
-            "run that is resumed, move it away, and --resume takes the one before it"
+            f"{file} is no whole checkpoint ({type(error).__name__}). Nothing was changed: go on from another one. (To "
+            "resume a run from the one before it, move this one away.)"
         ) from None
 
 
