@@ -8,6 +8,7 @@ No label is used in training; the labels of 1,400 images vote on the 397 held-ou
 
 import argparse
 import json
+import math
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,6 @@ import torch
 from augment import digit_views
 from data import ResumableLoader
 from dino_module import DINO
-from interrupt import StopAtBatchEnd, check_readable, checkpoints
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
@@ -38,6 +38,7 @@ from dino_head.callbacks import (
     TeacherUpdateCallback,
 )
 from dino_head.metrics import KNNAccuracy
+from runs import StopAtBatchEnd, checkpoints, parse_run
 
 Labelled = tuple[Tensor, Tensor]
 
@@ -97,7 +98,7 @@ def build(output_dim: int = 512, seed: int = 0) -> DINO:
     )
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> Any:
     """The options; a resumed run takes up those that it was started with."""
     parser = argparse.ArgumentParser(description="Train DINO on scikit-learn's digits, without labels.")
     parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder of the run (%(default)s)")
@@ -106,36 +107,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=64, help="images in a step (%(default)s)")
     parser.add_argument("--prototypes", type=int, default=512, help="width of the head's output (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (%(default)s)")
-    args = parser.parse_args(arguments)
-    for name, least in (("epochs", 1), ("batch_size", 2), ("prototypes", 2), ("seed", 0)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    if args.batch_size > 1400:
-        parser.error(f"--batch-size must be at most 1400, the number of training images, got {args.batch_size}")
-    settings = args.out / "settings.json"
-    if not args.resume:
-        started_too_early = not checkpoints(args.out) and settings.exists()  # and ended before there was anything
-        if args.out.exists() and any(args.out.iterdir()) and not started_too_early:
-            parser.error(f"{args.out} holds a run already: go on with --resume, or choose another folder with --out")
-        args.out.mkdir(parents=True, exist_ok=True)
-        options = {name: value for name, value in vars(args).items() if name not in {"out", "resume"}}
-        settings.write_text(json.dumps(options, indent=2))
-    elif not checkpoints(args.out):
-        parser.error(f"{args.out} holds no checkpoint to resume from: start the run without --resume")
-    else:
-        try:
-            check_readable(checkpoints(args.out)[-1])
-        except ValueError as error:
-            parser.error(str(error))
-        started = argparse.Namespace(**json.loads(settings.read_text()))
-        args = parser.parse_args(arguments, argparse.Namespace(**vars(started)))
-        for name, value in vars(started).items():
-            if getattr(args, name) != value:
-                parser.error(
-                    f"the run in {args.out} was started with {name}={value}, got {getattr(args, name)}: a resumed run "
-                    "keeps its settings; leave the option out, or start another run with --out"
-                )
-    return args
+    limits = {"epochs": (1, math.inf), "batch_size": (2, 1400), "prototypes": (2, math.inf), "seed": (0, math.inf)}
+    return parse_run(parser, limits, arguments)
 
 
 @torch.no_grad()
