@@ -5,11 +5,12 @@ dataset draws by itself, in `__getitem__`, is not covered: let it follow from `d
 """
 
 import itertools
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
@@ -58,3 +59,31 @@ class _RestOfEpoch(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         batches = self.trainer.fit_loop.batch_idx + 1  # 0, but in a run that is resumed in the middle of an epoch
         return itertools.islice(super().__iter__(), batches * self.batch_size, None)
+
+
+class DataWait(Callback):
+    """Logs `data_wait`: the share of an epoch's time in which training waited for its next batch.
+
+    Near 0 the device is busy. Else the data are late: more workers, smaller files, a faster disk.
+    """
+
+    def __init__(self) -> None:
+        self.share: float | None = None  # of the last epoch
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to wait."""
+        self.start = self.since = time.perf_counter()
+        self.waited = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Here it is."""
+        self.waited += time.perf_counter() - self.since
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Wait for the next."""
+        self.since = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sum up."""
+        self.share = self.waited / (self.since - self.start)
+        pl_module.log("data_wait", self.share, prog_bar=True, sync_dist=True)

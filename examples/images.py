@@ -1,0 +1,111 @@
+"""Images from a folder, or from a data set of Hugging Face: decoded in workers, and never the end of a run."""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from augment import IMAGENET_MEAN, IMAGENET_STD
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+SMALLEST = 8  # pixels; smaller ones are tracking pixels and the like
+
+
+def open_images(data: str) -> datasets.Dataset:
+    """The images of a folder, however deep, labelled by the folder they are in; or the training part of a Hub data set.
+
+    The list of files is kept in a cache and mapped into memory, the files stay where they are. Columns: `image`, not
+    decoded, and `label` where there is one.
+    """
+    if Path(data).is_dir():
+        rows = datasets.load_dataset("imagefolder", data_dir=data, split="train", drop_labels=False)
+    elif Path(data).exists():
+        raise ValueError(f"{data} is a file, expected a folder of images or the name of a data set on the Hub")
+    else:
+        rows = datasets.load_dataset(data, split="train")
+    kinds = {name: type(feature) for name, feature in rows.features.items()}
+    image = next((name for name, kind in kinds.items() if kind is datasets.Image), None)
+    label = next((name for name, kind in kinds.items() if kind is datasets.ClassLabel), None)
+    if image is None:
+        raise ValueError(f"{data} has no column of images, but {', '.join(kinds)}")
+    rows = rows.select_columns([image] + ([label] if label else []))
+    rows = rows.rename_columns({image: "image"} | ({label: "label"} if label else {}))
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def fingerprint(rows: datasets.Dataset) -> str:
+    """Follows from the list of images; a run that is resumed needs the same one, in which the order is the same."""
+    paths = rows.data["image"].combine_chunks().field("path").to_pylist()
+    return f"{len(paths)} images, {hashlib.sha256(json.dumps(paths).encode()).hexdigest()[:16]}"
+
+
+def decode(source: str | bytes, size: int) -> Tensor:
+    """An image file of any mode -> bytes (3, size, size): upright, the middle of its shorter side.
+
+    Raises:
+        Exception: whatever is wrong with it.
+    """
+    image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    if min(image.size) < SMALLEST:
+        raise ValueError(f"{image.size[0]} x {image.size[1]} pixels")
+    image.draft(None, (size, size))  # a JPEG is decoded at the half, the quarter ... if that is enough
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):  # 16 bits a pixel or more: from the darkest to the brightest
+        pixels = np.asarray(image, dtype=np.float32)
+        dark, bright = pixels.min(), pixels.max()
+        image = Image.fromarray(((pixels - dark) / max(bright - dark, 1e-6) * 255).astype(np.uint8))
+    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def normalized(image: Tensor) -> Tensor:
+    """Bytes (3, H, W) -> as the views of `dino_views` are: for the kNN probe, which augments nothing."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (image / 255 - mean) / std
+
+
+class Images(Dataset[Any]):
+    """Images (3, size, size), with their labels where there are some.
+
+    In the place of a file that cannot be decoded comes the next one that can; `bad` has a True for each, whichever
+    worker met it.
+
+    Args:
+        rows: of `open_images`.
+        size: height and width.
+        transform: after decoding.
+    """
+
+    def __init__(self, rows: datasets.Dataset, size: int, transform: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.rows, self.size, self.transform = rows, size, transform
+        self.bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        for at in (*range(index, len(self)), *range(index)):
+            if self.bad[at]:
+                continue
+            row = self.rows[at]
+            try:
+                image = decode(row["image"]["bytes"] or row["image"]["path"], self.size)
+            except Exception:  # of what a file may hold, nothing is worth a run
+                self.bad[at] = True
+                continue
+            image = self.transform(image) if self.transform else image
+            return (image, row["label"]) if "label" in row else image
+        raise ValueError(f"not one of {len(self)} images can be decoded")
+
+    def bad_files(self) -> list[str]:
+        """Those that could not be decoded, so far."""
+        return [
+            self.rows[index]["image"]["path"] or f"image {index}" for index in self.bad.nonzero().flatten().tolist()
+        ]
