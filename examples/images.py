@@ -52,16 +52,16 @@ def decode(source: str | bytes, size: int) -> Tensor:
     Raises:
         Exception: whatever is wrong with it.
     """
-    image: Image.Image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    if min(image.size) < SMALLEST:
-        raise ValueError(f"{image.size[0]} x {image.size[1]} pixels")
-    image.draft(None, (size, size))  # a JPEG is decoded at the half, the quarter ... if that is enough
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 bits a pixel or more: from the darkest to the brightest
-        pixels = np.asarray(image, dtype=np.float32)
-        dark, bright = pixels.min(), pixels.max()
-        image = Image.fromarray(((pixels - dark) / max(bright - dark, 1e-6) * 255).astype(np.uint8))
-    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+        if min(opened.size) < SMALLEST:
+            raise ValueError(f"{opened.size[0]} x {opened.size[1]} pixels")
+        opened.draft("", (size, size))  # a JPEG is decoded at the half, the quarter ... if that is enough
+        image = ImageOps.exif_transpose(opened)
+        if image.mode.startswith(("I", "F")):  # 16 bits a pixel or more: from the darkest to the brightest
+            pixels = np.asarray(image, dtype=np.float32)
+            dark, bright = pixels.min(), pixels.max()
+            image = Image.fromarray(((pixels - dark) / max(bright - dark, 1e-6) * 255).astype(np.uint8))
+        image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

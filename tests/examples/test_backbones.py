@@ -1,0 +1,103 @@
+import pytest
+import torch
+from backbones import Features, check_backbone, class_token, pooled, vit
+from monai.networks.nets import DenseNet121
+from torch import nn
+from transformers import ConvNextConfig, ConvNextModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
+
+from dino_head import DINOProjectionHead, multicrop_forward
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+VIEWS = [torch.randn(2, 3, size, size) for size in (64, 64, 32, 32)]
+
+
+def convnext():
+    return ConvNextModel(ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 24, 32]))
+
+
+def densenet():
+    """A network of MONAI as the docstring of the examples has it, in two dimensions."""
+    features = DenseNet121(2, 3, 1, init_features=8, growth_rate=4, block_config=(2, 2)).features
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+BACKBONES = {
+    "ViT": lambda: Features(
+        ViTModel(ViTConfig(image_size=64, patch_size=16, **TINY), add_pooling_layer=False),
+        class_token,
+        interpolate_pos_encoding=True,
+    ),
+    "DINOv2": lambda: Features(Dinov2Model(Dinov2Config(image_size=64, patch_size=16, **TINY)), class_token),
+    "ConvNeXt": lambda: Features(convnext(), pooled),
+    "ours": lambda: vit("tiny", 16, 64, width=64, depth=2),
+    "MONAI": densenet,
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_views_of_every_size_become_features(name):
+    torch.manual_seed(0)
+    backbone = BACKBONES[name]()
+    width = backbone(VIEWS[0]).shape[1]
+    check_backbone(backbone, DINOProjectionHead(width, 8, 4, 16), VIEWS)
+    features = multicrop_forward(backbone.eval(), VIEWS)
+    assert features.shape == (4, 2, width)
+    assert not torch.allclose(features[0, 0], features[0, 1])
+    assert features.isfinite().all()
+
+
+def test_timm_where_it_is_installed():
+    timm = pytest.importorskip("timm")
+    backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True)
+    check_backbone(backbone, DINOProjectionHead(192, 8, 4, 16), VIEWS)
+
+
+def test_interpolated_positions_differ_from_none():
+    """At its own size the model is what it is without; at another size the positions still count."""
+    torch.manual_seed(0)
+    backbone = BACKBONES["ViT"]().eval()
+    torch.testing.assert_close(backbone(VIEWS[0]), class_token(backbone.model(VIEWS[0])))
+    before = backbone(VIEWS[2])
+    positions = backbone.model.embeddings.position_embeddings
+    positions.data += torch.randn_like(positions)
+    assert not torch.allclose(before, backbone(VIEWS[2]), atol=1e-3)
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("tiny", 5.5), ("small", 21.7), ("base", 85.8), ("large", 303.3)])
+def test_the_sizes_are_those_of_the_papers(size, parameters):
+    with torch.device("meta"):
+        backbone = vit(size)
+    assert sum(parameter.numel() for parameter in backbone.parameters()) / 1e6 == pytest.approx(parameters, abs=0.1)
+
+
+class Returns(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, images):
+        return self.function(images)
+
+
+@pytest.mark.parametrize(("backbone", "message"), [
+    (Features(ViTModel(ViTConfig(image_size=64, patch_size=16, **TINY)), class_token),
+     r"cannot take views of 32 x 32 \(ValueError: .*interpolate_pos_encoding=True; timm"),
+    (BACKBONES["DINOv2"]().model, r"returns a BaseModelOutputWithPooling, expected .*Features\(model, class_token"),
+    (Returns(lambda x: x.flatten(2)), r"makes \(2, 3, 4096\) of 2 views of 64 x 64, expected \(B, D\): of tokens"),
+    (Returns(lambda x: x.mean(dim=(0, 2, 3))[None]), r"makes \(1, 3\) of 2 views"),
+    (Returns(lambda x: x.mean(dim=(2, 3))), r"makes 3 features, and the head takes 32: DINOProjectionHead"),
+])  # fmt: skip
+def test_what_does_not_fit_is_found_before_training(backbone, message):
+    backbone.train()
+    with pytest.raises(ValueError, match=message):
+        check_backbone(backbone, DINOProjectionHead(32, 8, 4, 16), VIEWS)
+    assert all(module.training for module in backbone.modules())
+
+
+def test_the_check_leaves_no_trace():
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone[1].eval()
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    check_backbone(backbone, DINOProjectionHead(8, 8, 4, 16), VIEWS)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert [module.training for module in backbone] == [True, False, True, True]
