@@ -164,9 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise SystemExit(f"stopped: {error}. Make room or repair, and go on with --resume --out {args.out}") from error
     finally:
-        bad, file = data.train.bad_files(), args.out / f"bad_files{trainer.global_rank or ''}.txt"
+        bad = sorted(data.train.bad_files() | data.voters.bad_files() | data.held_out.bad_files())
+        file = args.out / f"bad_files{trainer.global_rank or ''}.txt"
         file.write_text("\n".join(bad))
-        print(f"{len(bad)} of {len(data.train)} images could not be decoded: {file}")
+        print(f"{len(bad)} of {len(data.rows)} images could not be decoded: {file}")
     summary = {"images": images, "bad_files": len(bad), "data_wait": wait.share, "epochs": trainer.current_epoch}
     (args.out / "summary.json").write_text(json.dumps(summary, indent=2))
 

@@ -104,8 +104,7 @@ class Images(Dataset[Any]):
             return (image, row["label"]) if "label" in row else image
         raise ValueError(f"not one of {len(self)} images can be decoded")
 
-    def bad_files(self) -> list[str]:
+    def bad_files(self) -> set[str]:
         """Those that could not be decoded, so far."""
-        return [
-            self.rows[index]["image"]["path"] or f"image {index}" for index in self.bad.nonzero().flatten().tolist()
-        ]
+        bad = self.bad.nonzero().flatten().tolist()
+        return {self.rows[index]["image"]["path"] or f"image {index}" for index in bad}

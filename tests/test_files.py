@@ -70,6 +70,7 @@ def rewrite(index, change):
     (lambda index: index.write_text('{"weight_map": [1]}'), "no index of sharded safetensors"),
     (lambda index: index.write_text('{"weight_map": '), "no index of sharded safetensors"),
     (lambda index: index.write_text('{"weight_map": {"a": 1, "b": "c"}}'), "no 'weight_map' of file names"),
+    (lambda index: index.write_text('{"weight_map": {"a": 1}}'), "no 'weight_map' of file names"),
     (lambda index: index.write_text("{" * 9 + '"a":' + "[" * 100_000), "no index of sharded safetensors"),
     (lambda index: rewrite(index, lambda places: places.update({"mlp.0.weight": "a.bin"})), "names 'a.bin', expected"),
     (lambda index: rewrite(index, lambda places: places.update({"mlp.0.weight": "../x"})), "names '../x', expected"),
@@ -164,6 +165,9 @@ def test_classes_that_the_user_trusts_load(head, tmp_path):
     torch.save({"teacher": head.state_dict(), "config": Mine()}, tmp_path / "mine.ckpt")
     with pytest.raises(ValueError, match=r"it holds .*Mine, which could run code"):
         load_head(tmp_path / "mine.ckpt")
+    torch.save({"teacher": head.state_dict(), "config": (Mine(), Path("a"))}, tmp_path / "two.ckpt")
+    with pytest.raises(ValueError, match=r"it holds .*(Mine.*Path|Path.*Mine), which"):
+        load_head(tmp_path / "two.ckpt")
     with torch.serialization.safe_globals([Mine]):
         assert equal(load_head(tmp_path / "mine.ckpt"), head)
 
