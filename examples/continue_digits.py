@@ -19,6 +19,7 @@ from dino_module import DINO
 from fit_digits import Digits, Labelled, conv_net, digits
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from run_folder import check_readable
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +27,6 @@ from dino_head import DINOLoss, DINOProjectionHead
 from dino_head.callbacks import FreezeLastLayerCallback, KNNProbeCallback, TeacherUpdateCallback
 from dino_head.checkpoints import load_head
 from dino_head.metrics import KNNAccuracy
-from runs import check_readable
 
 
 class DustyDigits(Digits):

@@ -22,6 +22,7 @@ from dino_module import DINO
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
+from run_folder import StopAtBatchEnd, checkpoints, parse_run
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -38,7 +39,6 @@ from dino_head.callbacks import (
     TeacherUpdateCallback,
 )
 from dino_head.metrics import KNNAccuracy
-from runs import StopAtBatchEnd, checkpoints, parse_run
 
 Labelled = tuple[Tensor, Tensor]
 

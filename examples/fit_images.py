@@ -23,6 +23,7 @@ from images import Images, fingerprint, normalized, open_images
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from run_folder import StopAtBatchEnd, checkpoints, parse_run
 from torch.utils.data import DataLoader
 
 from dino_head import DINOLoss, DINOProjectionHead
@@ -33,7 +34,6 @@ from dino_head.callbacks import (
     ScheduleCallback,
     TeacherUpdateCallback,
 )
-from runs import StopAtBatchEnd, checkpoints, parse_run
 
 
 class ImageData(LightningDataModule):
