@@ -153,7 +153,7 @@ class Volumes(LightningDataModule):
 
 
 def dense_net(width: int = 16) -> nn.Sequential:
-    """A small DenseNet of MONAI: volumes (B, 1, D, H, W) from 12 voxels each way -> features (B, 5 * width)."""
+    """A small DenseNet of MONAI: volumes (B, 1, D, H, W) from 12 voxels each way -> features (B, 3 * width)."""
     features = DenseNet(3, 1, 1, init_features=width, growth_rate=width // 2, block_config=(2, 4)).features
     return nn.Sequential(features, nn.AdaptiveAvgPool3d(1), nn.Flatten())
 

@@ -1,14 +1,17 @@
 """Runs of a Trainer in two processes. Importable by name, so that started processes find it."""
 
+import json
 import os
 import signal
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from cli import main
 from data import ResumableLoader
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -274,3 +277,12 @@ def killed(folder: Path) -> None:
 
 def resumed(folder: Path) -> dict[str, Any]:
     return random_run(folder, ckpt_path=folder / "checkpoints" / "step=17.ckpt")
+
+
+def run_recipe(folder: Path) -> dict[str, Any]:
+    """A recipe with the options in `options.json`, by LightningCLI as it is called from a shell."""
+    warnings.filterwarnings("ignore")
+    sys.argv = json.loads((folder / "options.json").read_text())
+    cli = main()
+    receipts = [callback.receipt for callback in cli.trainer.callbacks if hasattr(callback, "receipt")]
+    return {"receipts": receipts, "state": state(cli.model), "steps": cli.trainer.global_step}
