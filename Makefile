@@ -17,6 +17,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/callbacks.py
 	$(BIN)/python benchmarks/watching.py
+	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/objective.py $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt

@@ -111,5 +111,5 @@ def digit_views(global_size: int = 16, local_size: int = 8) -> MultiCrop:
             K.RandomGaussianNoise(std=0.05, p=1.0),
         )
 
-    large = view(global_size, (0.6, 1.0))
-    return MultiCrop([large, large], view(local_size, (0.3, 0.7)), local_views=4)
+    large = [view(global_size, (0.6, 1.0)) for _ in range(2)]
+    return MultiCrop(large, view(local_size, (0.3, 0.7)), local_views=4)

@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("import_time", ["--rounds", "1"], "import dino_head / import torch: "),
         ("callbacks", ["--rounds", "1", "--calls", "10", "--prototypes", "64"], "a loop over parameters "),
         ("objective", ["--rounds", "1", "--prototypes", "64", "--batch", "2"], "| 64 | 2 | factored frozen | "),
+        ("train_step", ["--rounds", "1", "--batch", "2", "--prototypes", "64", "--scale", "0.2"], "usual / ours: "),
         ("watching", ["--rounds", "1", "--epochs", "1"], "watched / alone: "),
     ],
 )
@@ -41,4 +42,10 @@ def test_the_objectives_figures_go_to_a_file_and_a_wrong_variant_stops_it(tmp_pa
 
 
 def test_every_benchmark_is_run_here():
-    assert {file.stem for file in BENCHMARKS.glob("*.py")} == {"import_time", "callbacks", "objective", "watching"}
+    assert {file.stem for file in BENCHMARKS.glob("*.py")} == {
+        "import_time",
+        "callbacks",
+        "objective",
+        "train_step",
+        "watching",
+    }

@@ -1,0 +1,157 @@
+"""A whole training step, beside the same backbone, head and views written the usual way.
+
+    python benchmarks/train_step.py                                  # ViT-tiny, K = 65,536
+    python benchmarks/train_step.py --device cuda --size small --batch 64 --precision bf16
+
+The usual way: a forward for each view, logits in memory, a loop over pairs of views, and a Python loop over the
+parameters for the teacher's average. Both sides: two global views of 224 and eight local ones of 96 pixels, AdamW.
+The backbone alone is what both need: its forward and backward of all views. Steps are interleaved, medians.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dino_head import DINOLoss, DINOProjectionHead, multicrop_forward
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from backbones import VIT, vit
+from dino_module import DINO
+
+MOMENTUM = 0.996
+
+
+class Usual:
+    """As it is written in many places."""
+
+    def __init__(self, student: nn.ModuleDict, output_dim: int) -> None:
+        self.student = student
+        self.teacher = copy.deepcopy(student).requires_grad_(False)
+        self.center = torch.zeros(1, output_dim, device=next(student.parameters()).device)
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        """One forward a view, and all logits."""
+        student = [self.student["head"](self.student["backbone"](view)) / 0.1 for view in views]
+        with torch.no_grad():
+            logits = [self.teacher["head"](self.teacher["backbone"](view)) for view in views[:2]]
+            targets = [F.softmax((teacher - self.center) / 0.04, dim=-1) for teacher in logits]
+            batch_center = torch.cat(logits).mean(dim=0, keepdim=True)
+            self.center = self.center * 0.9 + batch_center * 0.1
+        losses = [
+            torch.sum(-target * F.log_softmax(view, dim=-1), dim=-1).mean()
+            for t, target in enumerate(targets)
+            for s, view in enumerate(student)
+            if s != t
+        ]
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The teacher's average."""
+        for student, teacher in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
+            teacher.data.mul_(MOMENTUM).add_((1 - MOMENTUM) * student.detach().data)
+
+
+class Ours:
+    """The example's module; `follow` is what TeacherUpdateCallback does."""
+
+    def __init__(self, student: nn.ModuleDict, output_dim: int) -> None:
+        loss = DINOLoss(output_dim, warmup_teacher_temp_epochs=0, teacher_temp=0.04)
+        backbone, head = student["backbone"], student["head"]
+        self.module = DINO(backbone, head, loss, augment=lambda images: [images])  # type: ignore[arg-type]
+        self.module.to(next(student.parameters()).device)
+        self.student = self.module.student
+        self.students = [parameter.detach() for parameter in self.student.parameters()]
+        self.teachers = [parameter.detach() for parameter in self.module.teacher.parameters()]
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        """One forward a resolution, and no logits."""
+        student = self.module.outputs(self.module.student, views)
+        with torch.no_grad():
+            teacher = self.module.outputs(self.module.teacher, views[:2])
+        loss: Tensor = self.module.loss(teacher, student)
+        return loss
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """The teacher's average."""
+        torch._foreach_lerp_(self.teachers, self.students, 1 - MOMENTUM)
+
+
+def main() -> None:
+    """Print medians and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--size", choices=[*VIT], default="tiny")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--prototypes", type=int, default=65536)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the views' sides")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="bf16: by autocast")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    sides = [round(side * args.scale / 16) * 16 for side in (224, 96)]
+    backbone = vit(args.size, image_size=sides[0])
+    head = DINOProjectionHead(VIT[args.size][0], 2048, 256, args.prototypes, batch_norm=False)
+    student = nn.ModuleDict({"backbone": backbone, "head": head}).to(device)
+    views = [torch.randn(args.batch, 3, side, side, device=device) for side in [sides[0]] * 2 + [sides[1]] * 8]
+    ways: dict[str, Usual | Ours] = {
+        "usual": Usual(copy.deepcopy(student), args.prototypes),
+        "ours": Ours(student, args.prototypes),
+    }
+    optimizers = {name: torch.optim.AdamW(way.student.parameters(), lr=1e-5) for name, way in ways.items()}
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+
+    def step(name: str) -> float:
+        with autocast():
+            loss = ways[name].loss(views)
+        loss.backward()
+        optimizers[name].step()
+        optimizers[name].zero_grad()
+        ways[name].follow()
+        return loss.item()
+
+    alone = copy.deepcopy(backbone)
+
+    def backbone_alone() -> float:
+        with autocast():
+            with torch.no_grad():
+                multicrop_forward(alone, views[:2])
+            features = multicrop_forward(alone, views)
+        features.sum().backward()
+        alone.zero_grad()
+        return 0.0
+
+    work: dict[str, Callable[[], float]] = {"usual": lambda: step("usual"), "ours": lambda: step("ours")}
+    first = [run() for run in work.values()]
+    if abs(first[0] - first[1]) > (1e-4 if args.precision == "32" else 0.05) * first[0]:
+        raise SystemExit(f"the two ways differ: the losses of the first step are {first}")
+    work["backbone"] = backbone_alone
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    for _ in range(args.rounds):
+        for name, run in work.items():
+            start = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    ratio = statistics.median(u / o for u, o in zip(seconds["usual"], seconds["ours"], strict=True))
+    rest = statistics.median(1 - b / o for b, o in zip(seconds["backbone"], seconds["ours"], strict=True))
+    medians = ", ".join(f"{name} {statistics.median(times):.3f} s" for name, times in seconds.items())
+    print(f"ViT-{args.size}, batch {args.batch}, K = {args.prototypes:,}, {args.rounds} rounds: {medians}")
+    print(f"usual / ours: {ratio:.2f}; share of our step that is not the backbone: {rest:.2f}")
+
+
+if __name__ == "__main__":
+    main()
