@@ -61,6 +61,26 @@ class _RestOfEpoch(DistributedSampler[Any]):
         return itertools.islice(super().__iter__(), batches * self.batch_size, None)
 
 
+class StreamLoader(DataLoader[Any]):
+    """A DataLoader over a Stream, whose order follows from seed and epoch; resumed inside one, a run begins it anew.
+
+    Args:
+        stream: with `rows` that have a `set_epoch`.
+        batch_size: samples of one process.
+        trainer: the one that trains.
+        options: of DataLoader, such as num_workers.
+    """
+
+    def __init__(self, stream: Any, batch_size: int, trainer: Trainer, **options: Any) -> None:
+        super().__init__(stream, batch_size, **options)
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Begin when the first batch is asked for: only then does the Trainer know the epoch of a resumed run."""
+        self.dataset.rows.set_epoch(self.trainer.current_epoch)  # type: ignore[attr-defined]
+        yield from super().__iter__()
+
+
 class DataWait(Callback):
     """Logs `data_wait`: the share of an epoch's time in which training waited for its next batch.
 

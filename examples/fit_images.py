@@ -10,6 +10,7 @@ out for it. Files that cannot be decoded are left out, counted, and listed in ba
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from typing import Any
 import torch
 from augment import dino_views
 from backbones import VIT, check_backbone, vit
-from data import DataWait, ResumableLoader
+from data import DataWait, ResumableLoader, StreamLoader
 from dino_module import DINO
-from images import Images, fingerprint, normalized, open_images
+from images import Images, Stream, fingerprint, normalized, open_images
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -82,11 +83,35 @@ class ImageData(LightningDataModule):
         return voters, held_out
 
 
+class StreamData(LightningDataModule):
+    """The same, read as it comes, without held-out images: an epoch is the Trainer's limit_train_batches.
+
+    Args:
+        data: a folder, or the name of a data set on the Hugging Face Hub.
+        batch_size: images of one process.
+        workers: processes that decode, beside each training process; no more than the data set has files.
+        image_size: to which images are scaled and cropped before they are augmented.
+        seed: of the order.
+    """
+
+    def __init__(self, data: str, batch_size: int = 64, workers: int = 2, image_size: int = 256, seed: int = 0) -> None:
+        super().__init__()
+        self.rows = open_images(data, streaming=True)
+        self.batch_size, self.workers, self.image_size, self.seed = batch_size, workers, image_size, seed
+
+    def train_dataloader(self) -> StreamLoader:
+        """Shuffled, anew in each epoch."""
+        assert self.trainer is not None
+        stream = Stream(self.rows, self.image_size, self.trainer.global_rank, self.trainer.world_size, self.seed)
+        options = {"num_workers": self.workers, "pin_memory": torch.cuda.is_available(), "drop_last": True}
+        return StreamLoader(stream, self.batch_size, self.trainer, **options)
+
+
 def parse(arguments: Sequence[str] | None = None) -> Any:
     """The options; a resumed run takes up those that it was started with."""
     parser = argparse.ArgumentParser(description="Train DINO on images, without labels.")
     parser.add_argument(
-        "--data", required="--resume" not in (arguments or []), help="folder of images, or a name on the Hub"
+        "--data", required="--resume" not in (arguments or sys.argv), help="folder of images, or a name on the Hub"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/images"), help="folder of the run (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
@@ -116,7 +141,7 @@ def build(args: Any, world_size: int = 1) -> DINO:
     return DINO(
         vit(args.size, image_size=args.global_size),
         DINOProjectionHead(VIT[args.size][0], 2048, 256, args.prototypes, batch_norm=False, freeze_last_layer=1),
-        DINOLoss(args.prototypes, warmup_teacher_temp_epochs=min(30, args.epochs // 3)),
+        DINOLoss(args.prototypes, warmup_teacher_temp_epochs=0, teacher_temp=0.04),
         dino_views(args.global_size, args.local_size),
         learning_rate=5e-4 * args.batch_size * world_size / 256,
         warmup_epochs=min(10, args.epochs // 10),

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +11,36 @@ import datasets
 import numpy as np
 import torch
 from augment import IMAGENET_MEAN, IMAGENET_STD
+from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 SMALLEST = 8  # pixels; smaller ones are tracking pixels and the like
 
 
-def open_images(data: str) -> datasets.Dataset:
+def open_images(data: str, streaming: bool = False) -> Any:
     """The images of a folder, however deep, labelled by the folder they are in; or the training part of a Hub data set.
 
-    The list of files is kept in a cache and mapped into memory, the files stay where they are. Columns: `image`, not
-    decoded, and `label` where there is one.
+    The list of files is kept in a cache and mapped into memory, the files stay where they are. With `streaming` there
+    is no list, and nothing is kept. Columns: `image`, not decoded, and `label` where there is one.
     """
+    options = {"split": "train", "streaming": streaming}
     if Path(data).is_dir():
-        rows = datasets.load_dataset("imagefolder", data_dir=data, split="train", drop_labels=False)
+        rows = datasets.load_dataset("imagefolder", data_dir=data, drop_labels=False, **options)
     elif Path(data).exists():
         raise ValueError(f"{data} is a file, expected a folder of images or the name of a data set on the Hub")
     else:
-        rows = datasets.load_dataset(data, split="train")
+        rows = datasets.load_dataset(data, **options)
     kinds = {name: type(feature) for name, feature in rows.features.items()}
     image = next((name for name, kind in kinds.items() if kind is datasets.Image), None)
     label = next((name for name, kind in kinds.items() if kind is datasets.ClassLabel), None)
     if image is None:
         raise ValueError(f"{data} has no column of images, but {', '.join(kinds)}")
     rows = rows.select_columns([image] + ([label] if label else []))
-    rows = rows.rename_columns({image: "image"} | ({label: "label"} if label else {}))
+    for name, ours in ((image, "image"), (label, "label")):
+        if name not in (ours, None):
+            rows = rows.rename_column(name, ours)
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
@@ -71,6 +75,16 @@ def normalized(image: Tensor) -> Tensor:
     return (image / 255 - mean) / std
 
 
+def decode_row(row: dict[str, Any], size: int, transform: Callable[[Tensor], Tensor] | None = None) -> Any:
+    """The image of a row (3, size, size), with its label where there is one; None if it cannot be decoded."""
+    try:
+        image = decode(row["image"]["bytes"] or row["image"]["path"], size)
+    except Exception:  # of what a file may hold, nothing is worth a run
+        return None
+    image = transform(image) if transform else image
+    return (image, row["label"]) if "label" in row else image
+
+
 class Images(Dataset[Any]):
     """Images (3, size, size), with their labels where there are some.
 
@@ -94,17 +108,44 @@ class Images(Dataset[Any]):
         for at in (*range(index, len(self)), *range(index)):
             if self.bad[at]:
                 continue
-            row = self.rows[at]
-            try:
-                image = decode(row["image"]["bytes"] or row["image"]["path"], self.size)
-            except Exception:  # of what a file may hold, nothing is worth a run
-                self.bad[at] = True
-                continue
-            image = self.transform(image) if self.transform else image
-            return (image, row["label"]) if "label" in row else image
+            sample = decode_row(self.rows[at], self.size, self.transform)
+            if sample is not None:
+                return sample
+            self.bad[at] = True
         raise ValueError(f"not one of {len(self)} images can be decoded")
 
     def bad_files(self) -> set[str]:
         """Those that could not be decoded, so far."""
         bad = self.bad.nonzero().flatten().tolist()
         return {self.rows[index]["image"]["path"] or f"image {index}" for index in bad}
+
+
+class Stream(IterableDataset[Any]):
+    """Images of a data set that is read as it comes: for what does not fit on the disk.
+
+    It is shuffled in a buffer, anew in each epoch (`rows.set_epoch`), and divided among processes and workers by its
+    files. Images that cannot be decoded are passed by, and counted in `bad`.
+
+    Args:
+        rows: of `open_images(data, streaming=True)`.
+        size: height and width.
+        rank: of this process.
+        world_size: how many there are.
+        seed: of the order.
+        buffer: how many rows, not decoded, are shuffled at a time.
+    """
+
+    def __init__(
+        self, rows: Any, size: int, rank: int = 0, world_size: int = 1, seed: int = 0, buffer: int = 10_000
+    ) -> None:
+        self.rows = split_dataset_by_node(rows, rank, world_size).shuffle(seed=seed, buffer_size=buffer)
+        self.size = size
+        self.bad = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in self.rows:
+            sample = decode_row(row, self.size)
+            if sample is None:
+                self.bad += 1
+            else:
+                yield sample

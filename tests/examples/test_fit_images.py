@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 from data import DataWait
-from fit_images import ImageData, build, main, parse
+from fit_images import ImageData, StreamData, build, main, parse
+from lightning.pytorch import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from toy import trainer
+
+from dino_head.callbacks import TeacherUpdateCallback
 
 SCRIPT = Path(fit_images.__file__)
 TINY = ["--size", "tiny", "--prototypes", "64", "--global-size", "32", "--local-size", "16", "--batch-size", "16"]
@@ -106,7 +109,7 @@ def test_killed_and_resumed_it_ends_where_an_uninterrupted_run_ends(run, photos,
     wait_for(out / "checkpoints" / "epoch=0.ckpt", process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    main(["--resume", "--out", str(out)])
+    start("--resume", "--out", str(out)).communicate()
     one, other = (saved(folder / "checkpoints" / "epoch=2.ckpt")["state_dict"] for folder in (run, out))
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
@@ -159,7 +162,6 @@ def test_the_learning_rate_follows_the_linear_rule(photos, tmp_path):
     args = parse([*options(photos, tmp_path / "out", 100), "--batch-size", "32"])
     assert build(args, world_size=4).learning_rate == pytest.approx(5e-4 * 32 * 4 / 256)
     assert build(args).warmup_epochs == 10
-    assert build(args).loss.warmup_teacher_temp_epochs == 30
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -183,6 +185,29 @@ def test_a_backbone_that_cannot_take_local_views_is_found_before_training(photos
     monkeypatch.setattr(fit_images.Trainer, "fit", lambda *args, **options: pytest.fail("training"))
     with pytest.raises(ValueError, match="cannot take views of 16 x 16"):
         main(options(photos, tmp_path / "out", 1))
+
+
+def test_a_stream_trains_and_goes_on(photos, tmp_path):
+    """With the Trainer's limit_train_batches as the length of an epoch."""
+    args = parse(options(photos, tmp_path / "out", 2))
+    orders = []
+
+    def fit(epochs, ckpt_path=None):
+        class Watch(Callback):
+            def on_train_batch_start(self, trainer, module, batch, index):
+                orders.append((trainer.current_epoch, index, batch[0].float().mean().item()))
+
+        data = StreamData(str(photos), batch_size=8, workers=0, image_size=36)
+        run = trainer(TeacherUpdateCallback(total_steps=9), Watch(), max_epochs=epochs, limit_train_batches=3)
+        run.fit(build(args), data, ckpt_path=ckpt_path)
+        run.save_checkpoint(tmp_path / "stream.ckpt")
+
+    fit(3)
+    whole, orders = orders, []
+    fit(2)
+    fit(3, tmp_path / "stream.ckpt")
+    assert orders == whole
+    assert len({mean for _, _, mean in whole}) == 9
 
 
 class Slow(Dataset):

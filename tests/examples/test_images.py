@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from images import Images, decode, fingerprint, normalized, open_images
+from images import Images, Stream, decode, fingerprint, normalized, open_images
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -204,3 +204,27 @@ def test_the_probe_sees_what_the_views_are_like():
     image = torch.full((3, 8, 8), 255, dtype=torch.uint8)
     expected = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
     torch.testing.assert_close(normalized(image).mean(dim=(1, 2)), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_is_shuffled_anew_in_each_epoch_and_passes_bad_files_by(tmp_path, workers):
+    for level in range(0, 240, 20):
+        picture(color=(level, level, level)).save(tmp_path / f"{level}.png")
+    for name, write in BAD.items():
+        write(tmp_path / name.replace(" ", "_"))
+    stream = Stream(open_images(str(tmp_path), streaming=True), 16)
+    orders = []
+    for epoch in (0, 1, 0):
+        stream.rows.set_epoch(epoch)
+        batches = [images for images, _ in DataLoader(stream, batch_size=2, num_workers=workers)]
+        orders.append(torch.cat(batches)[:, 0, 0, 0].tolist())
+    assert [sorted(order) for order in orders] == [[*range(0, 240, 20)]] * 3
+    assert orders[0] == orders[2] != orders[1]
+    assert stream.bad == 3 * len(BAD)
+
+
+def test_processes_divide_a_stream(tree):
+    rows = open_images(str(tree), streaming=True)
+    parts = [len([*Stream(rows, 16, rank, 2)]) for rank in range(2)]
+    assert sum(parts) == len(GOOD)
+    assert min(parts) > 0
