@@ -14,6 +14,7 @@ from dino_head.checkpoints import export_head
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -135,18 +136,28 @@ def test_the_page_of_weights(tmp_path, monkeypatch, capsys):
     assert namespace["callbacks"][0].receipt.startswith("student.backbone frozen for 21 optimizer steps")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_page_of_training():
+    page = (ROOT / "docs" / "training.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    namespace: dict[str, object] = {}
+    exec(compile(code, "training.md", "exec"), namespace)
+    assert len(namespace["backbones"]) == 4
+    for file in re.findall(r"\| `(\w+\.yaml)` \|", page):
+        assert (ROOT / "examples" / "recipes" / file).exists()
+
+
 def test_no_python_block_is_left_out():
     assert len(BLOCKS) == 7
 
 
 def test_the_table_of_guarantees_names_tests_that_exist():
     source = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", README)
+    named = re.findall(r"`(test_\w+)`", "".join(page.read_text() for page in PAGES))
     assert len(set(named)) >= 30
     assert [name for name in named if f"def {name}(" not in source] == []
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINKS = [
     (page.parent, link)
     for page in PAGES
