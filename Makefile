@@ -18,6 +18,7 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/callbacks.py
 	$(BIN)/python benchmarks/watching.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/objective.py $(ARGS)
 
 $(VENV)/installed: pyproject.toml constraints.txt
