@@ -89,7 +89,7 @@ def test_the_area_of_a_crop(name, scale):
     area = width * height
     assert scale[0] * 0.8 < area.amin() < scale[0] * 1.3
     assert scale[1] * 0.8 < area.amax() < scale[1] * 1.1
-    # Older versions of kornia draw again what does not fit into the image, as torchvision does, and so less of the large.
+    # Older versions of kornia draw again what does not fit into the image, as torchvision does: less of the large ones.
     assert area.mean().item() == pytest.approx(sum(scale) / 2, rel=0.15)
     ratio = (width / height).log()
     assert ratio.abs().amax() < math.log(4 / 3) + 0.1
