@@ -50,6 +50,8 @@ def _start(rank: int, work: Callable[[Path], Any], folder: Path, processes: int,
     os.environ.update({name: str(value) for name, value in {**world, **meeting}.items()})
     torch.set_num_threads(1)
     torch.save(work(folder), folder / f"result{rank}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else gloo's threads are there at the exit, which sometimes aborts
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
