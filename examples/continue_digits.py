@@ -54,13 +54,10 @@ def build(checkpoint: Path, prototypes: int | None = None, seed: int = 0) -> DIN
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     backbone = conv_net()
     backbone.load_state_dict(below("teacher.backbone", state))
+    head = load_head(state) if prototypes is None else DINOProjectionHead(128, 256, 64, prototypes)
+    loss = DINOLoss(len(head.last_layer.weight), warmup_teacher_temp_epochs=0, teacher_temp=0.04)
     if prototypes is None:
-        head = load_head(state)
-        loss = DINOLoss(head.last_layer.weight.shape[0], warmup_teacher_temp_epochs=0, teacher_temp=0.04)
         loss.load_state_dict(below("loss", state))  # the center goes with the head
-    else:
-        head = DINOProjectionHead(128, 256, 64, prototypes)
-        loss = DINOLoss(prototypes, warmup_teacher_temp_epochs=0, teacher_temp=0.04)
     return DINO(backbone, head, loss, digit_views(), learning_rate=1e-3, warmup_epochs=2, seed=seed)
 
 

@@ -90,6 +90,10 @@ class DataWait(Callback):
     def __init__(self) -> None:
         self.share: float | None = None  # of the last epoch
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to wait; an epoch into which a run is resumed has no other start."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to wait."""
         self.start = self.since = time.perf_counter()

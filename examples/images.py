@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,7 +47,8 @@ def open_images(data: str, streaming: bool = False) -> Any:
 
 def fingerprint(rows: datasets.Dataset) -> str:
     """Follows from the list of images; a run that is resumed needs the same one, in which the order is the same."""
-    paths = rows.data["image"].combine_chunks().field("path").to_pylist()
+    # Chunk by chunk: they may hold the files' bytes as well, which are not to be read.
+    paths = [path for chunk in rows.data["image"].chunks for path in chunk.field("path").to_pylist()]
     return f"{len(paths)} images, {hashlib.sha256(json.dumps(paths).encode()).hexdigest()[:16]}"
 
 
@@ -105,7 +107,7 @@ class Images(Dataset[Any]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        for at in (*range(index, len(self)), *range(index)):
+        for at in itertools.chain(range(index, len(self)), range(index)):
             if self.bad[at]:
                 continue
             sample = decode_row(self.rows[at], self.size, self.transform)

@@ -70,6 +70,11 @@ def test_the_sizes_are_those_of_the_papers(size, parameters):
     assert sum(parameter.numel() for parameter in backbone.parameters()) / 1e6 == pytest.approx(parameters, abs=0.1)
 
 
+def test_images_of_any_number_of_channels():
+    backbone = vit("tiny", 16, 32, channels=13, width=64, depth=1)
+    assert backbone(torch.randn(2, 13, 32, 32)).shape == (2, 64)
+
+
 class Returns(nn.Module):
     def __init__(self, function):
         super().__init__()

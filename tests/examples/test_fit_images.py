@@ -17,6 +17,7 @@ import torch
 from data import DataWait
 from fit_images import ImageData, StreamData, build, main, parse
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -103,13 +104,17 @@ def wait_for(file, process):
     raise AssertionError(f"{file} did not appear")
 
 
-def test_killed_and_resumed_it_ends_where_an_uninterrupted_run_ends(run, photos, tmp_path):
+@pytest.mark.parametrize("stop_with", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_resumed_it_ends_where_an_uninterrupted_run_ends(run, photos, tmp_path, stop_with):
     out = tmp_path / "out"
     process = start(*options(photos, out, 3))
     wait_for(out / "checkpoints" / "epoch=0.ckpt", process)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(stop_with)
     process.communicate()
-    start("--resume", "--out", str(out)).communicate()
+    assert (out / "checkpoints" / "interrupted.ckpt").exists() is (stop_with == signal.SIGINT)
+    resumed = start("--resume", "--out", str(out))
+    printed = resumed.communicate()[0]
+    assert resumed.returncode == 0, printed[-2000:]
     one, other = (saved(folder / "checkpoints" / "epoch=2.ckpt")["state_dict"] for folder in (run, out))
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
@@ -220,6 +225,19 @@ class Slow(Dataset):
     def __getitem__(self, index):
         time.sleep(self.seconds)
         return torch.randn(32)
+
+
+def test_waiting_is_measured_in_an_epoch_into_which_a_run_is_resumed(tmp_path):
+    """Lightning does not call on_train_epoch_start there."""
+    wait = DataWait()
+    checkpoint = ModelCheckpoint(tmp_path, filename="inside", every_n_train_steps=2)
+    trainer(checkpoint, max_epochs=1, limit_train_batches=3, enable_checkpointing=True).fit(
+        BoringModel(), DataLoader(Slow(0.0))
+    )
+    run = trainer(wait, max_epochs=1, limit_train_batches=3)
+    run.fit(BoringModel(), DataLoader(Slow(0.0)), ckpt_path=tmp_path / "inside.ckpt")
+    assert run.global_step == 3
+    assert 0 < wait.share < 1
 
 
 @pytest.mark.parametrize(("seconds", "low", "high"), [(0.05, 0.7, 1.0), (0.0, 0.0, 0.6)])

@@ -1,5 +1,6 @@
 import io
 import json
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -148,6 +149,21 @@ def test_a_file_that_disappears_is_a_bad_one(tree):
         file.unlink()
     assert len([images[index] for index in range(len(images))]) == len(images)
     assert any(file.endswith("jpeg.jpg") for file in images.bad_files())
+
+
+def test_a_sample_costs_the_same_among_however_many_images(tree):
+    class Endless(list):
+        def __len__(self):
+            return 10**12
+
+        def __getitem__(self, index):
+            return good
+
+    rows = open_images(str(tree))
+    (good,) = [row for row in rows if row["image"]["path"].endswith("jpeg.jpg")]
+    images = Images(rows, 16)
+    images.rows, images.bad = Endless(), defaultdict(bool)
+    assert images[10**9][0].shape == (3, 16, 16)  # a list of indices would not fit into any memory
 
 
 def test_only_bad_files_are_an_error(tmp_path):
