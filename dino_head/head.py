@@ -96,16 +96,16 @@ class DINOProjectionHead(ProjectionHead):
         logits = z @ prototypes.T                 (..., K)
 
     Args:
-        input_dim: width of the backbone's features.
-        hidden_dim: width of the MLP's hidden layers.
-        bottleneck_dim: D.
-        output_dim: K.
-        batch_norm: batch norm after each hidden Linear. (The authors' ViTs train without.)
-        freeze_last_layer: epochs for which `FreezeLastLayerCallback` holds the last layer; -1 and 0: none.
-        norm_last_layer: True: prototypes of unit norm; False: with trainable norms; None: a plain linear map,
+        input_dim: The width of the backbone's features.
+        hidden_dim: The width of the MLP's hidden layers.
+        bottleneck_dim: The width D of the bottleneck, the MLP's output.
+        output_dim: The number K of prototypes, the head's output.
+        batch_norm: Whether batch norm follows each hidden Linear. (The authors' ViTs train without.)
+        freeze_last_layer: The epochs for which `FreezeLastLayerCallback` holds the last layer; -1 and 0: none.
+        norm_last_layer: True for prototypes of unit norm, False for trainable norms, None for a plain linear map,
             without weight norm (DINOv3).
-        num_layers: Linear layers of the MLP, the one to the bottleneck included.
-        bias: see `ProjectionHead`.
+        num_layers: The number of Linear layers of the MLP, the one to the bottleneck included.
+        bias: Whether Linear layers have a bias; None: those that batch norm follows have none.
 
     Raises:
         ValueError: a size or `num_layers` that is no positive integer, or `freeze_last_layer` < -1.

@@ -34,13 +34,13 @@ class DINOLoss(nn.Module):
     the samples of all processes, so that every process has to call it, in evaluation as well.
 
     Args:
-        output_dim: K.
-        warmup_teacher_temp: the teacher's temperature in epoch 0.
-        teacher_temp: the teacher's temperature after the warm-up.
-        warmup_teacher_temp_epochs: epochs of the linear warm-up, see `teacher_temperature`.
-        student_temp: the student's temperature.
-        center_momentum: m, in [0, 1].
-        centering: "mean", or "sinkhorn" (3 iterations; DINOv2, arXiv:2304.07193).
+        output_dim: The number K of prototypes.
+        warmup_teacher_temp: The teacher's temperature in epoch 0.
+        teacher_temp: The teacher's temperature after the warm-up.
+        warmup_teacher_temp_epochs: The epochs of the linear warm-up, see `teacher_temperature`.
+        student_temp: The student's temperature.
+        center_momentum: The share m, in [0, 1], of the old center in the new one.
+        centering: The teacher's targets, "mean", or "sinkhorn" (3 iterations; DINOv2, arXiv:2304.07193).
 
     Raises:
         ValueError: a size, temperature or momentum out of range, or another centering.

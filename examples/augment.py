@@ -61,15 +61,16 @@ def dino_views(
     view 1.0, second 0.1, local views 0.5); solarised (second global view 0.2).
 
     Args:
-        global_size: height and width of the global views.
-        local_size: of the local views; for a ViT a multiple of its patches.
-        local_views: how many.
-        global_scale: share of the image's area that a global view shows.
-        local_scale: the same of a local view; it should end where global_scale begins.
-        channels: C. Saturation, hue and grey are for 3 alone; others are jittered in brightness and contrast.
-        value_range: of the images; (0, 255) for bytes.
-        mean: for each channel, in [0, 1]; None: ImageNet's for 3 channels, 0.5 for others.
-        std: the same; None: ImageNet's, 0.25 for others.
+        global_size: The height and width of the global views.
+        local_size: The height and width of the local views; for a ViT a multiple of its patches.
+        local_views: The number of local views.
+        global_scale: The share of the image's area that a global view shows, from and to.
+        local_scale: The share of the image's area that a local view shows; it should end where global_scale begins.
+        channels: The number C of channels. Saturation, hue and grey are for 3 alone; others are jittered in brightness
+            and contrast.
+        value_range: The values that are black and white in the images; (0, 255) for bytes.
+        mean: The mean of each channel, in [0, 1]; without it, ImageNet's for 3 channels, 0.5 for others.
+        std: The standard deviation of each channel; without it, ImageNet's for 3 channels, 0.25 for others.
     """
     mean = mean or (IMAGENET_MEAN if channels == 3 else (0.5,) * channels)
     std = std or (IMAGENET_STD if channels == 3 else (0.25,) * channels)

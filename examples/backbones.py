@@ -59,12 +59,12 @@ def vit(
     """A vision transformer, randomly initialised, whose position embeddings are interpolated for local views.
 
     Args:
-        size: "tiny" (192 features), "small" (384), "base" (768) or "large" (1024).
-        patch_size: height and width of a patch; those of the views are its multiples.
-        image_size: of the global views.
-        channels: C.
-        width: other than that of the size; a multiple of 64.
-        depth: other than that of the size.
+        size: The name of its size: "tiny" (192 features), "small" (384), "base" (768) or "large" (1024).
+        patch_size: The height and width of a patch; those of the views are its multiples.
+        image_size: The height and width of the global views.
+        channels: The number C of channels of the images.
+        width: The number of features, if it is not that of the size; a multiple of 64.
+        depth: The number of layers, if it is not that of the size.
     """
     features, layers, heads = VIT[size]
     features = width or features

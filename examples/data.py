@@ -31,9 +31,18 @@ class ResumableLoader(DataLoader[Any]):
         trainer: the one that trains.
         seed: of the order.
         options: of DataLoader, such as num_workers.
+
+    Raises:
+        ValueError: if there is not one whole batch.
     """
 
     def __init__(self, dataset: Dataset[Any], batch_size: int, trainer: Trainer, seed: int = 0, **options: Any) -> None:
+        samples = len(dataset) // trainer.world_size  # type: ignore[arg-type]
+        if samples < batch_size:
+            raise ValueError(
+                f"{samples} samples for each process are less than a batch of {batch_size}, and there would be nothing "
+                "to train on: choose a smaller batch size"
+            )
         sampler = _RestOfEpoch(dataset, trainer.world_size, trainer.global_rank, seed=seed, drop_last=True)
         sampler.trainer, sampler.batch_size = trainer, batch_size
         super().__init__(dataset, batch_size, sampler=sampler, drop_last=True, **options)

@@ -25,19 +25,19 @@ class DINO(LightningModule):
     """A student learns to predict, from any view of an image, what its own slow average says of the global views.
 
     Args:
-        backbone: maps images (B, C, H, W) of each view's size to features (B, D).
-        head: scores features (..., D) by K prototypes.
-        loss: of the same K.
-        augment: images (B, C, H, W) -> V views; runs on the device, in training only.
-        global_views: T; the first T views are what the teacher sees.
-        learning_rate: at the end of the warm-up, from where it falls along a cosine.
-        min_learning_rate: at the end of the run.
-        warmup_epochs: epochs of linear warm-up.
-        weight_decay: for matrices; biases, norms and scales have none.
-        clip_per_parameter: the largest norm of each parameter's gradient, as the authors clip (3.0); None leaves
-            clipping to the Trainer.
-        seed: of augmentation and dropout. They follow from it, the process, the epoch and the batch, so that a resumed
-            run is the same run.
+        backbone: The network, which maps images (B, C, H, W) of each view's size to features (B, D).
+        head: The projection head, which scores features (..., D) by K prototypes.
+        loss: The objective, for the same number of prototypes as the head has.
+        augment: The augmentation, images (B, C, H, W) -> V views, which runs on the device, in training only.
+        global_views: The number T of views that the teacher sees, which are the first ones.
+        learning_rate: The learning rate at the end of the warm-up, from where it falls along a cosine.
+        min_learning_rate: The learning rate at the end of the run.
+        warmup_epochs: The number of epochs in which the learning rate rises linearly.
+        weight_decay: The weight decay of matrices; biases, norms and scales have none.
+        clip_per_parameter: The largest norm of each parameter's gradient, as the authors clip (3.0); without it, the
+            Trainer's gradient_clip_val alone clips.
+        seed: The seed of augmentation and dropout, which follow from it, the process, the epoch and the batch, so that
+            a resumed run is the same run.
     """
 
     def __init__(

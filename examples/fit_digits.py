@@ -54,7 +54,12 @@ def digits(size: int = 16) -> tuple[Labelled, Labelled]:
 
 
 class Digits(LightningDataModule):
-    """The 1,400 training images, in batches of (images (B, 1, 16, 16), labels (B,))."""
+    """The 1,400 training images, in batches of (images (B, 1, 16, 16), labels (B,)).
+
+    Args:
+        batch_size: The number of images in a step.
+        seed: The seed of the order in which images come.
+    """
 
     def __init__(self, batch_size: int = 64, seed: int = 0) -> None:
         super().__init__()

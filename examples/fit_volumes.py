@@ -18,18 +18,18 @@ from typing import Any
 
 import torch
 from backbones import check_backbone
+from bad_files import FileData, Readable
 from data import ResumableLoader
 from dino_module import DINO
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from monai import transforms as mt
-from monai.data import Dataset as MonaiDataset
 from monai.networks.nets import DenseNet
 from run_folder import StopAtBatchEnd, checkpoints, parse_run
-from shapes import make_volumes
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
+from volumes import Scans, make_volumes
 
 from dino_head import DINOLoss, DINOProjectionHead
 from dino_head.callbacks import (
@@ -44,11 +44,11 @@ class VolumeViews(nn.Module):
     """Two global and several local views, each sample with its own draw; it follows from torch's random state.
 
     Args:
-        global_size: voxels of the global views, each way.
-        local_size: of the local views.
-        local_views: how many.
-        global_scale: smallest and largest side of a global view's part of the volume, as a share of the whole side.
-        local_scale: the same for local views.
+        global_size: The number of voxels of a global view, each way.
+        local_size: The number of voxels of a local view, each way.
+        local_views: The number of local views.
+        global_scale: The smallest and largest side of a global view, as shares of the volume's side.
+        local_scale: The smallest and largest side of a local view, as shares of the volume's side.
     """
 
     def __init__(
@@ -87,49 +87,35 @@ class VolumeViews(nn.Module):
         return result
 
 
-def open_volumes(folder: str, size: int) -> Dataset[Any]:
-    """The NIfTI files of a folder, however deep, as (1, size, size, size) in [0, 1], each by its own percentiles."""
-    files = sorted(str(file) for file in Path(folder).rglob("*") if file.name.endswith((".nii", ".nii.gz")))
-    if not files:
-        raise SystemExit(f"{folder} has no NIfTI file (.nii, .nii.gz), or is no folder")
-    steps = [
-        mt.LoadImage(image_only=True, ensure_channel_first=True),
-        mt.Orientation(axcodes="RAS"),
-        mt.ScaleIntensityRangePercentiles(1, 99, 0.0, 1.0, clip=True),
-        mt.Resize((size,) * 3, mode="trilinear"),
-        mt.ToTensor(track_meta=False),
-    ]
-    dataset: Dataset[Any] = MonaiDataset(files, mt.Compose(steps))
-    return dataset
-
-
-class Volumes(LightningDataModule):
+class Volumes(FileData):
     """Batches of volumes (B, 1, D, H, W): those of a folder, or 512 that are made, with their kinds.
 
     Args:
-        data: a folder of NIfTI files; None: made.
-        batch_size: volumes of one process.
-        workers: processes that read files.
-        size: voxels, each way.
-        seed: of the order.
+        data: The folder of NIfTI files; without one, volumes are made.
+        batch_size: The number of volumes in a step of each process.
+        workers: The number of processes that read files, beside each training process.
+        size: The number of voxels, each way, to which volumes are resized.
+        seed: The seed of the order in which volumes come.
     """
 
     def __init__(self, data: str | None = None, batch_size: int = 32, workers: int = 0, size: int = 24, seed: int = 0):
         super().__init__()
         self.is_made = data is None
-        self.train = TensorDataset(*make_volumes(512, size)) if data is None else open_volumes(data, size)
+        self.volumes: Any = TensorDataset(*make_volumes(512, size)) if data is None else Scans(data, size)
         self.batch_size, self.workers, self.size, self.seed = batch_size, workers, size, seed
 
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled, anew in each epoch."""
         assert self.trainer is not None
-        return ResumableLoader(self.train, self.batch_size, self.trainer, self.seed, num_workers=self.workers)
+        volumes = self.volumes if self.is_made else Readable(self.volumes, self.bad_files)
+        return ResumableLoader(volumes, self.batch_size, self.trainer, self.seed, num_workers=self.workers)
 
     def knn_dataloaders(self) -> tuple[DataLoader[Any], DataLoader[Any]]:
         """Volumes that vote on 128 others."""
-        assert self.is_made
+        if not self.is_made:
+            raise ValueError("scans have no labels here, which a KNNProbeCallback needs: take it out of the callbacks")
         held_out = TensorDataset(*make_volumes(128, self.size, seed=1))
-        return DataLoader(self.train, batch_size=64), DataLoader(held_out, batch_size=64)
+        return DataLoader(self.volumes, batch_size=64), DataLoader(held_out, batch_size=64)
 
 
 def dense_net(width: int = 16) -> nn.Sequential:

@@ -1,8 +1,7 @@
-"""Images from a folder, or from a data set of Hugging Face: decoded in workers, and never the end of a run."""
+"""Images from a folder, or from a data set of Hugging Face, decoded in workers."""
 
 import hashlib
 import io
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import datasets
 import numpy as np
 import torch
 from augment import IMAGENET_MEAN, IMAGENET_STD
+from bad_files import BadFiles
 from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -77,21 +77,8 @@ def normalized(image: Tensor) -> Tensor:
     return (image / 255 - mean) / std
 
 
-def decode_row(row: dict[str, Any], size: int, transform: Callable[[Tensor], Tensor] | None = None) -> Any:
-    """The image of a row (3, size, size), with its label where there is one; None if it cannot be decoded."""
-    try:
-        image = decode(row["image"]["bytes"] or row["image"]["path"], size)
-    except Exception:  # of what a file may hold, nothing is worth a run
-        return None
-    image = transform(image) if transform else image
-    return (image, row["label"]) if "label" in row else image
-
-
 class Images(Dataset[Any]):
-    """Images (3, size, size), with their labels where there are some.
-
-    In the place of a file that cannot be decoded comes the next one that can; `bad` has a True for each, whichever
-    worker met it.
+    """Images (3, size, size), with their labels where there are some; raises whatever is wrong with a file.
 
     Args:
         rows: of `open_images`.
@@ -99,38 +86,36 @@ class Images(Dataset[Any]):
         transform: after decoding.
     """
 
-    def __init__(self, rows: datasets.Dataset, size: int, transform: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, rows: Any, size: int, transform: Callable[[Tensor], Tensor] | None = None) -> None:
         self.rows, self.size, self.transform = rows, size, transform
-        self.bad = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Any:
-        for at in itertools.chain(range(index, len(self)), range(index)):
-            if self.bad[at]:
-                continue
-            sample = decode_row(self.rows[at], self.size, self.transform)
-            if sample is not None:
-                return sample
-            self.bad[at] = True
-        raise ValueError(f"not one of {len(self)} images can be decoded")
+        return self.sample(self.rows[index])
 
-    def bad_files(self) -> set[str]:
-        """Those that could not be decoded, so far."""
-        bad = self.bad.nonzero().flatten().tolist()
-        return {self.rows[index]["image"]["path"] or f"image {index}" for index in bad}
+    def sample(self, row: dict[str, Any]) -> Any:
+        """A row -> its image, with its label where there is one."""
+        image = decode(row["image"]["bytes"] or row["image"]["path"], self.size)
+        image = self.transform(image) if self.transform else image
+        return (image, row["label"]) if "label" in row else image
+
+    def name(self, index: int) -> str:
+        """The path of the file, if it is known."""
+        return self.rows[index]["image"]["path"] or f"image {index}"
 
 
 class Stream(IterableDataset[Any]):
     """Images of a data set that is read as it comes: for what does not fit on the disk.
 
     It is shuffled in a buffer, anew in each epoch (`rows.set_epoch`), and divided among processes and workers by its
-    files. Images that cannot be decoded are passed by, and counted in `bad`.
+    files. Images that cannot be decoded are passed by.
 
     Args:
         rows: of `open_images(data, streaming=True)`.
         size: height and width.
+        bad_files: to which those that cannot be decoded are added.
         rank: of this process.
         world_size: how many there are.
         seed: of the order.
@@ -138,16 +123,23 @@ class Stream(IterableDataset[Any]):
     """
 
     def __init__(
-        self, rows: Any, size: int, rank: int = 0, world_size: int = 1, seed: int = 0, buffer: int = 10_000
+        self,
+        rows: Any,
+        size: int,
+        bad_files: BadFiles,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        buffer: int = 10_000,
     ) -> None:
         self.rows = split_dataset_by_node(rows, rank, world_size).shuffle(seed=seed, buffer_size=buffer)
-        self.size = size
-        self.bad = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.images, self.bad_files = Images(self.rows, size), bad_files
 
     def __iter__(self) -> Iterator[Any]:
         for row in self.rows:
-            sample = decode_row(row, self.size)
-            if sample is None:
-                self.bad += 1
-            else:
-                yield sample
+            try:
+                sample = self.images.sample(row)
+            except Exception:  # of what a file may hold, nothing is worth a run
+                self.bad_files.add(row["image"]["path"] or "an image without a name")
+                continue
+            yield sample

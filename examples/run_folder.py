@@ -28,7 +28,7 @@ def check_readable(file: Path) -> None:
 
 
 def parse_run(
-    parser: argparse.ArgumentParser, limits: dict[str, tuple[int, float]], arguments: Sequence[str] | None
+    parser: argparse.ArgumentParser, limits: dict[str, tuple[float, float]], arguments: Sequence[str] | None
 ) -> Any:
     """The options, kept in the folder `--out`: a resumed run takes up those that it was started with.
 

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from data import DataWait
-from fit_images import ImageData, StreamData, build, main, parse
+from fit_images import build, main, parse
+from image_data import ImageData, StreamData
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -80,7 +81,7 @@ def test_a_run_on_a_folder_writes_what_it_says(run):
     assert summary["images"].startswith("41 images, ")
     assert (summary["bad_files"], summary["epochs"]) == (1, 3)
     assert 0 < summary["data_wait"] < 1
-    assert (run / "bad_files.txt").read_text().endswith("light/text.jpg")
+    assert (run / "bad_files.txt").read_text().endswith("light/text.jpg\n")
     assert [file.name for file in (run / "checkpoints").iterdir()] == ["epoch=2.ckpt"]
     probes = saved(run / "checkpoints" / "epoch=2.ckpt")["callbacks"]["KNNProbeCallback"]["history"]
     assert [probe["epoch"] for probe in probes] == [0, 1, 2]
@@ -152,15 +153,17 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(photos, tmp_path):
 def test_without_classes_there_is_no_probe(offline, tmp_path):
     data = ImageData(str(make_photos(tmp_path / "photos", classes=["all"])), workers=0)
     assert not data.has_classes
+    data.setup("fit")
     assert (len(data.train), len(data.held_out)) == (41, 0)
 
 
 def test_every_tenth_image_is_held_out_of_training(photos):
     data = ImageData(str(photos), workers=0)
-    train, held_out = ({row["image"]["path"] for row in images.rows} for images in (data.train, data.held_out))
+    data.setup("fit")
+    train, held_out = ({row["image"]["path"] for row in images.samples.rows} for images in (data.train, data.held_out))
     assert (len(train), len(held_out)) == (36, 5)
     assert not train & held_out
-    assert set(data.held_out.rows["label"]) == {0, 1}
+    assert set(data.held_out.samples.rows["label"]) == {0, 1}
 
 
 def test_the_learning_rate_follows_the_linear_rule(photos, tmp_path):
@@ -213,6 +216,16 @@ def test_a_stream_trains_and_goes_on(photos, tmp_path):
     fit(3, tmp_path / "stream.ckpt")
     assert orders == whole
     assert len({mean for _, _, mean in whole}) == 9
+
+
+def test_the_script_takes_a_stream(photos, tmp_path, capsys):
+    main([*options(photos, tmp_path / "out", 2), "--stream", "2"])
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary.pop("data_wait") > 0
+    assert summary == {"images": f"a stream from {photos}", "bad_files": 1, "epochs": 2}
+    assert "1 files could not be read and were left out" in capsys.readouterr().out
+    checkpoint = saved(tmp_path / "out" / "checkpoints" / "epoch=1.ckpt")
+    assert checkpoint["global_step"] == 4
 
 
 class Slow(Dataset):

@@ -1,10 +1,14 @@
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fit_volumes import Volumes, VolumeViews, build, dense_net, main, make_volumes, open_volumes
+from bad_files import BadFiles, Readable
+from fit_volumes import Volumes, VolumeViews, build, dense_net, main
 from torch.utils.data import DataLoader
+from volumes import Scans, make_volumes
 
 nibabel = pytest.importorskip("nibabel")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*fork.*")
@@ -65,35 +69,58 @@ def scans(tmp_path_factory):
 
 
 def test_nifti_files_become_volumes_of_one_size(scans):
-    volumes = torch.stack([*open_volumes(str(scans), 24)])
+    volumes = torch.stack([*Scans(str(scans), 24)])
     assert volumes.shape == (4, 1, 24, 24, 24)
     assert type(volumes) is torch.Tensor
     assert (volumes.min(), volumes.max()) == (0, 1)
     with pytest.raises(SystemExit, match="has no NIfTI file"):
-        open_volumes(str(scans / "nothing"), 24)
+        Scans(str(scans / "nothing"), 24)
 
 
-def test_a_folder_of_scans_trains(scans, tmp_path):
-    main(
-        [
-            "--data",
-            str(scans),
-            "--epochs",
-            "1",
-            "--batch-size",
-            "2",
-            "--prototypes",
-            "16",
-            "--out",
-            str(tmp_path / "out"),
-        ]
-    )
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == {"epochs": 1, "knn_top1": []}
+@pytest.fixture
+def damaged(scans, tmp_path):
+    """The same, and four that cannot be used."""
+    folder = Path(shutil.copytree(scans, tmp_path / "damaged"))
+    whole = (folder / "patient1" / "scan1.nii.gz").read_bytes()
+    (folder / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.nii").touch()
+    (folder / "text.nii").write_text("no scan")
+    for name, values in {"nan": np.full((9, 9, 9), np.nan), "several": np.ones((9, 9, 9, 3))}.items():
+        nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), np.eye(4)), folder / f"{name}.nii")
+    return folder
+
+
+def test_damaged_scans_are_left_out_and_listed(damaged, tmp_path):
+    bad_files = BadFiles(tmp_path / "bad.txt")
+    volumes = torch.stack([*DataLoader(Readable(Scans(str(damaged), 12), bad_files), batch_size=None)])
+    assert volumes.shape == (9, 1, 12, 12, 12)
+    assert {Path(name).name for name in bad_files.names()} == {
+        "truncated.nii.gz", "empty.nii", "text.nii", "nan.nii", "several.nii",
+    }  # fmt: skip
+
+
+def test_a_folder_of_scans_trains(damaged, tmp_path, capsys):
+    out = tmp_path / "out"
+    main(["--data", str(damaged), "--epochs", "1", "--batch-size", "4", "--prototypes", "16", "--out", str(out)])
+    assert json.loads((out / "summary.json").read_text()) == {"epochs": 1, "knn_top1": []}
+    assert "5 files could not be read and were left out" in capsys.readouterr().out
+
+
+def test_fewer_scans_than_a_batch_are_an_error(scans, tmp_path):
+    with pytest.raises(
+        ValueError, match="4 samples for each process are less than a batch of 32.* a smaller batch size"
+    ):
+        main(["--data", str(scans), "--out", str(tmp_path / "out")])
+
+
+def test_scans_have_no_labels_to_probe(scans):
+    with pytest.raises(ValueError, match="scans have no labels here"):
+        Volumes(str(scans)).knn_dataloaders()
 
 
 def test_workers_read_the_same_scans(scans):
     volumes = Volumes(str(scans), size=12)
-    direct, read = (next(iter(DataLoader(volumes.train, batch_size=4, num_workers=workers))) for workers in (0, 1))
+    direct, read = (next(iter(DataLoader(volumes.volumes, batch_size=4, num_workers=workers))) for workers in (0, 1))
     torch.testing.assert_close(direct, read)
 
 

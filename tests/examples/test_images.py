@@ -5,6 +5,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
+from bad_files import BadFiles, Readable
 from images import Images, Stream, decode, fingerprint, normalized, open_images
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -122,18 +123,26 @@ def tree(tmp_path):
     return root
 
 
+def readable(folder, size=16):
+    """Its list of bad files is in a folder that is not there yet."""
+    return Readable(Images(open_images(str(folder)), size), BadFiles(folder.parent / "run" / "bad_files.txt"))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_files_in_a_tree_are_replaced_counted_and_listed(tree, workers):
-    images = Images(open_images(str(tree)), 16)
+    images = readable(tree)
     assert len(images) == len(GOOD) + len(BAD)
     batches = [*DataLoader(images, batch_size=3, num_workers=workers)]
     assert sum(len(batch) for batch, _ in batches) == len(images)
     for batch, labels in batches:
         assert ((batch.float().mean(dim=(2, 3)) - torch.tensor(RED)).abs().amax(dim=1) < 8).all()
         assert set(labels.tolist()) <= {0, 1}
-    assert {file.rsplit("/", 1)[1].split(".")[0] for file in images.bad_files()} == {
+    assert {file.rsplit("/", 1)[1].split(".")[0] for file in images.bad_files.names()} == {
         name.replace(" ", "_") for name in BAD
     }
+    written = images.bad_files.file.read_text()
+    assert len([*DataLoader(images, batch_size=3, num_workers=workers)]) == len(batches)
+    assert images.bad_files.file.read_text() == written  # what is known as bad is not opened again
 
 
 def test_labels_are_the_folders(tree):
@@ -144,11 +153,11 @@ def test_labels_are_the_folders(tree):
 
 
 def test_a_file_that_disappears_is_a_bad_one(tree):
-    images = Images(open_images(str(tree)), 16)
+    images = readable(tree)
     for file in tree.rglob("jpeg.jpg"):
         file.unlink()
     assert len([images[index] for index in range(len(images))]) == len(images)
-    assert any(file.endswith("jpeg.jpg") for file in images.bad_files())
+    assert any(file.endswith("jpeg.jpg") for file in images.bad_files.names())
 
 
 def test_a_sample_costs_the_same_among_however_many_images(tree):
@@ -161,16 +170,16 @@ def test_a_sample_costs_the_same_among_however_many_images(tree):
 
     rows = open_images(str(tree))
     (good,) = [row for row in rows if row["image"]["path"].endswith("jpeg.jpg")]
-    images = Images(rows, 16)
-    images.rows, images.bad = Endless(), defaultdict(bool)
+    images = readable(tree)
+    images.samples.rows, images.bad = Endless(), defaultdict(bool)
     assert images[10**9][0].shape == (3, 16, 16)  # a list of indices would not fit into any memory
 
 
 def test_only_bad_files_are_an_error(tmp_path):
     for name, write in BAD.items():
         write(tmp_path / name.replace(" ", "_"))
-    with pytest.raises(ValueError, match="not one of 5 images can be decoded"):
-        Images(open_images(str(tmp_path)), 16)[0]
+    with pytest.raises(ValueError, match=r"not one of 5 files can be read; they are listed in .*bad_files\.txt"):
+        readable(tmp_path)[0]
 
 
 def test_the_fingerprint_follows_from_the_list_of_files(tree):
@@ -222,13 +231,26 @@ def test_the_probe_sees_what_the_views_are_like():
     torch.testing.assert_close(normalized(image).mean(dim=(1, 2)), expected)
 
 
+@pytest.mark.parametrize("name", ["a\nb.jpg", "caf\u00e9.jpg", "\udcff.jpg", "'.jpg", "a\\b.jpg"])
+def test_a_name_is_a_line_whatever_characters_it_has(name, tmp_path):
+    bad_files = BadFiles(tmp_path / "bad.txt")
+    bad_files.add(name)
+    bad_files.add("other")
+    bad_files.add(name)
+    names = bad_files.names()
+    assert len(names) == 2
+    (line,) = {*names} - {"other"}
+    assert line.isascii()
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_is_shuffled_anew_in_each_epoch_and_passes_bad_files_by(tmp_path, workers):
     for level in range(0, 240, 20):
         picture(color=(level, level, level)).save(tmp_path / f"{level}.png")
     for name, write in BAD.items():
         write(tmp_path / name.replace(" ", "_"))
-    stream = Stream(open_images(str(tmp_path), streaming=True), 16)
+    bad_files = BadFiles(tmp_path.parent / f"{workers}.txt")
+    stream = Stream(open_images(str(tmp_path), streaming=True), 16, bad_files)
     orders = []
     for epoch in (0, 1, 0):
         stream.rows.set_epoch(epoch)
@@ -236,11 +258,12 @@ def test_a_stream_is_shuffled_anew_in_each_epoch_and_passes_bad_files_by(tmp_pat
         orders.append(torch.cat(batches)[:, 0, 0, 0].tolist())
     assert [sorted(order) for order in orders] == [[*range(0, 240, 20)]] * 3
     assert orders[0] == orders[2] != orders[1]
-    assert stream.bad == 3 * len(BAD)
+    assert len(bad_files.names()) == len(BAD)
+    assert all(name.startswith(str(tmp_path)) for name in bad_files.names())
 
 
-def test_processes_divide_a_stream(tree):
+def test_processes_divide_a_stream(tree, tmp_path):
     rows = open_images(str(tree), streaming=True)
-    parts = [len([*Stream(rows, 16, rank, 2)]) for rank in range(2)]
+    parts = [len([*Stream(rows, 16, BadFiles(tmp_path / "bad.txt"), rank, 2)]) for rank in range(2)]
     assert sum(parts) == len(GOOD)
     assert min(parts) > 0

@@ -1,0 +1,75 @@
+"""Files that cannot be read: left out, counted and listed, and never the end of a run."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import Dataset
+
+
+class BadFiles:
+    """Names in a text file, a line each, to which all workers and processes add.
+
+    Args:
+        file: is there only if there are names.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def add(self, name: str) -> None:
+        """Add a name; the same one may come again."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as file:
+            file.write(ascii(name)[1:-1] + "\n")  # whatever characters it has
+
+    def names(self) -> list[str]:
+        """Each of them once."""
+        return sorted(set(self.file.read_text().splitlines())) if self.file.exists() else []
+
+
+class Readable(Dataset[Any]):
+    """A dataset in which the next sample that can be read stands in for one that cannot.
+
+    Args:
+        samples: raises whatever is wrong with a sample; has `name(index)`, for the list.
+        bad_files: the list.
+    """
+
+    def __init__(self, samples: Any, bad_files: BadFiles) -> None:
+        self.samples, self.bad_files = samples, bad_files
+        self.bad = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # whichever worker met it
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        for at in itertools.chain(range(index, len(self)), range(index)):
+            if not self.bad[at]:
+                try:
+                    return self.samples[at]
+                except Exception:  # of what a file may hold, nothing is worth a run
+                    self.bad[at] = True
+                self.bad_files.add(self.samples.name(at))
+        raise ValueError(f"not one of {len(self)} files can be read; they are listed in {self.bad_files.file}")
+
+
+class FileData(LightningDataModule):
+    """Data from files; says at the end of a run, however it ends, how many were bad, and where they are listed."""
+
+    @property
+    def bad_files(self) -> BadFiles:
+        """In the folder of the run, the Trainer's default_root_dir."""
+        return BadFiles(Path(self.trainer.default_root_dir if self.trainer else ".") / "bad_files.txt")
+
+    def teardown(self, stage: str) -> None:
+        """Say it."""
+        bad = self.bad_files
+        if bad.names() and self.trainer and self.trainer.is_global_zero:
+            print(f"{len(bad.names())} files could not be read and were left out: {bad.file}")
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Say it too."""
+        self.teardown("fit")
