@@ -1,6 +1,7 @@
 """Files that cannot be read: left out, counted and listed, and never the end of a run."""
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,32 @@ class BadFiles:
     def __init__(self, file: Path) -> None:
         self.file = file
 
-    def add(self, name: str) -> None:
-        """Add a name; the same one may come again."""
+    def add(self, name: str, reason: Exception) -> None:
+        """Add a name, and what is wrong; the same one may come again."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as file:
-            file.write(ascii(name)[1:-1] + "\n")  # whatever characters it has
+            file.write(f"{_line(name)}\t{_line(str(reason))}\n")
 
     def names(self) -> list[str]:
         """Each of them once."""
-        return sorted(set(self.file.read_text().splitlines())) if self.file.exists() else []
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        return sorted({line.split("\t")[0] for line in lines})
+
+
+def _line(text: str) -> str:
+    """A text of any characters in one line."""
+    return ascii(text)[1:-1]
+
+
+def walk(folder: str) -> list[str]:
+    """The files of a folder, however deep, also behind links, in an order that is always the same; none is hidden."""
+    found, seen = [], set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        here = os.path.realpath(at)
+        folders[:] = [] if here in seen else [name for name in folders if not name.startswith(".")]
+        found += [] if here in seen else [os.path.join(at, name) for name in files if not name.startswith(".")]
+        seen.add(here)
+    return sorted(found)
 
 
 class Readable(Dataset[Any]):
@@ -50,9 +68,9 @@ class Readable(Dataset[Any]):
             if not self.bad[at]:
                 try:
                     return self.samples[at]
-                except Exception:  # of what a file may hold, nothing is worth a run
+                except Exception as error:  # of what a file may hold, nothing is worth a run
                     self.bad[at] = True
-                self.bad_files.add(self.samples.name(at))
+                    self.bad_files.add(self.samples.name(at), error)
         raise ValueError(f"not one of {len(self)} files can be read; they are listed in {self.bad_files.file}")
 
 

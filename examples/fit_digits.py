@@ -22,7 +22,7 @@ from dino_module import DINO
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
-from run_folder import StopAtBatchEnd, checkpoints, parse_run
+from run_folder import StopAtBatchEnd, WholeCheckpoints, checkpoints, parse_run
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -146,6 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ModelCheckpoint(args.out / "checkpoints", filename="last", enable_version_counter=False),
             StopAtBatchEnd(args.out / "checkpoints" / "interrupted.ckpt"),
         ],
+        plugins=[WholeCheckpoints()],
         logger=CSVLogger(args.out, name="metrics"),
         log_every_n_steps=1,
     )

@@ -25,7 +25,7 @@ from image_data import ImageData, StreamData
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from run_folder import StopAtBatchEnd, checkpoints, parse_run
+from run_folder import StopAtBatchEnd, WholeCheckpoints, check_same_data, checkpoints, parse_run
 
 from dino_head import DINOLoss, DINOProjectionHead
 from dino_head.callbacks import (
@@ -35,6 +35,13 @@ from dino_head.callbacks import (
     ScheduleCallback,
     TeacherUpdateCallback,
 )
+
+
+def pixels(text: str) -> int:
+    """The size of a view."""
+    if int(text) < 16 or int(text) % 16:
+        raise argparse.ArgumentTypeError(f"must be a multiple of 16, the size of the ViT's patches, got {text}")
+    return int(text)
 
 
 def parse(arguments: Sequence[str] | None = None) -> Any:
@@ -56,8 +63,8 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
     parser.add_argument("--batch-size", type=int, default=64, help="images of a step on each GPU (%(default)s)")
     parser.add_argument("--size", default="small", choices=[*VIT], help="of the ViT (%(default)s)")
     parser.add_argument("--prototypes", type=int, default=65536, help="width of the head's output (%(default)s)")
-    parser.add_argument("--global-size", type=int, default=224, help="pixels of the global views (%(default)s)")
-    parser.add_argument("--local-size", type=int, default=96, help="pixels of the local views (%(default)s)")
+    parser.add_argument("--global-size", type=pixels, default=224, help="pixels of the global views (%(default)s)")
+    parser.add_argument("--local-size", type=pixels, default=96, help="pixels of the local views (%(default)s)")
     parser.add_argument(
         "--momentum", type=float, default=0.996, help="of the teacher, in the beginning; it ends at 1 (%(default)s)"
     )
@@ -70,8 +77,6 @@ def parse(arguments: Sequence[str] | None = None) -> Any:
         "epochs": (1, math.inf),
         "batch_size": (2, math.inf),
         "prototypes": (2, math.inf),
-        "global_size": (16, math.inf),
-        "local_size": (16, math.inf),
         "workers": (0, math.inf),
         "seed": (0, math.inf),
     }
@@ -102,12 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         data = StreamData(args.data, args.batch_size, args.workers, decoded_size, args.seed)
     else:
         data = ImageData(args.data, args.batch_size, args.workers, decoded_size, args.global_size, args.seed)
-    listed = args.out / "images.txt"
-    if args.resume and listed.exists() and listed.read_text() != data.description:
-        raise SystemExit(
-            f"{args.data} has changed since the run began ({listed.read_text()}, now {data.description}), and the "
-            "order of the images with it: put the files back, or begin another run with --out. Nothing was changed"
-        )
+    check_same_data(args.out, data.description, args.resume)
     wait = DataWait()
     callbacks = [
         FreezeLastLayerCallback(),
@@ -124,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         max_epochs=args.epochs,
         precision=args.precision,
         callbacks=callbacks,
+        plugins=[WholeCheckpoints()],
         logger=CSVLogger(args.out, name="metrics"),
         limit_train_batches=args.stream or 1.0,
         default_root_dir=args.out,  # where bad files are listed
@@ -132,7 +133,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.random.fork_rng():
         views = model.augment(torch.zeros(2, 3, args.global_size, args.global_size, dtype=torch.uint8))
     check_backbone(model.student["backbone"], model.student["head"], views)  # type: ignore[arg-type]
-    listed.write_text(data.description)
     try:
         trainer.fit(model, data, ckpt_path=checkpoints(args.out)[-1] if args.resume else None)
     except OSError as error:

@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from monai import transforms as mt
 from monai.networks.nets import DenseNet
-from run_folder import StopAtBatchEnd, checkpoints, parse_run
+from run_folder import StopAtBatchEnd, WholeCheckpoints, check_same_data, checkpoints, fingerprint, parse_run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from volumes import Scans, make_volumes
@@ -153,6 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_run(parser, {name: (limit, math.inf) for name, limit in least.items()}, arguments)
     seed_everything(args.seed, workers=True, verbose=False)
     model, data = build(args.prototypes, args.seed), Volumes(args.data, args.batch_size, args.workers, seed=args.seed)
+    check_same_data(args.out, fingerprint([] if data.is_made else data.volumes.files), args.resume)
     with torch.random.fork_rng():
         views = model.augment(torch.zeros(2, 1, data.size, data.size, data.size))
     check_backbone(model.student["backbone"], model.student["head"], views)  # type: ignore[arg-type]
@@ -168,7 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ModelCheckpoint(args.out / "checkpoints", filename="{epoch}"),
             StopAtBatchEnd(args.out / "checkpoints" / "interrupted.ckpt"),
         ],
+        plugins=[WholeCheckpoints()],
         logger=CSVLogger(args.out, name="metrics"),
+        default_root_dir=args.out,  # where bad files are listed
         log_every_n_steps=1,
     )
     trainer.fit(model, data, ckpt_path=checkpoints(args.out)[-1] if args.resume else None)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from bad_files import FileData, Readable
 from data import ResumableLoader, StreamLoader
-from images import Images, Stream, fingerprint, normalized, open_images
+from images import Images, Stream, normalized, open_images, paths
+from run_folder import fingerprint
 from torch.utils.data import DataLoader
 
 
@@ -39,7 +40,7 @@ class ImageData(FileData):
         self.has_classes = labels is not None and labels.num_classes > 1
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.image_size, self.eval_size = image_size, eval_size
-        self.description = fingerprint(self.rows)
+        self.description = fingerprint(paths(self.rows))
 
     def setup(self, stage: str) -> None:
         """Hold every tenth image out, if there are classes to tell apart."""
@@ -88,6 +89,8 @@ class StreamData(FileData):
         """Shuffled, anew in each epoch."""
         run = self.trainer
         assert run is not None
+        if not isinstance(run.limit_train_batches, int):
+            raise ValueError("a stream has no end: give the Trainer the steps of an epoch as limit_train_batches")
         stream = Stream(self.rows, self.image_size, self.bad_files, run.global_rank, run.world_size, self.seed)
         options = {"num_workers": self.workers, "pin_memory": torch.cuda.is_available(), "drop_last": True}
         return StreamLoader(stream, self.batch_size, run, **options)

@@ -1,8 +1,7 @@
 """Images from a folder, or from a data set of Hugging Face, decoded in workers."""
 
-import hashlib
 import io
-import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 from augment import IMAGENET_MEAN, IMAGENET_STD
-from bad_files import BadFiles
+from bad_files import BadFiles, walk
 from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -23,16 +22,17 @@ SMALLEST = 8  # pixels; smaller ones are tracking pixels and the like
 def open_images(data: str, streaming: bool = False) -> Any:
     """The images of a folder, however deep, labelled by the folder they are in; or the training part of a Hub data set.
 
-    The list of files is kept in a cache and mapped into memory, the files stay where they are. With `streaming` there
-    is no list, and nothing is kept. Columns: `image`, not decoded, and `label` where there is one.
+    Columns: `image`, not decoded, and `label` where there is one. With `streaming`, nothing of a Hub data set is kept.
     """
-    options = {"split": "train", "streaming": streaming}
     if Path(data).is_dir():
-        rows = datasets.load_dataset("imagefolder", data_dir=data, drop_labels=False, **options)
-    elif Path(data).exists():
+        rows = _folder(data)
+        return rows.to_iterable_dataset(num_shards=min(64, len(rows))) if streaming else rows
+    if Path(data).exists():
         raise ValueError(f"{data} is a file, expected a folder of images or the name of a data set on the Hub")
-    else:
-        rows = datasets.load_dataset(data, **options)
+    try:
+        rows = datasets.load_dataset(data, split="train", streaming=streaming)
+    except Exception as error:  # of the network, the Hub, its files
+        raise ValueError(f"{data} is no folder here, and no data set on the Hub that can be read: {error}") from error
     kinds = {name: type(feature) for name, feature in rows.features.items()}
     image = next((name for name, kind in kinds.items() if kind is datasets.Image), None)
     label = next((name for name, kind in kinds.items() if kind is datasets.ClassLabel), None)
@@ -45,11 +45,22 @@ def open_images(data: str, streaming: bool = False) -> Any:
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
-def fingerprint(rows: datasets.Dataset) -> str:
-    """Follows from the list of images; a run that is resumed needs the same one, in which the order is the same."""
+def _folder(folder: str) -> datasets.Dataset:
+    """Its image files by their paths; not by load_dataset, which takes names such as train and test for splits."""
+    known = tuple(Image.registered_extensions())
+    files = [file for file in walk(folder) if file.lower().endswith(known)]
+    if not files:
+        raise ValueError(f"{folder} has no file that is called as an image ({', '.join(known[:5])}, ...)")
+    folders = [os.path.basename(os.path.dirname(os.path.abspath(file))) for file in files]
+    features = {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=sorted({*folders}))}
+    images = [{"path": file, "bytes": None} for file in files]
+    return datasets.Dataset.from_dict({"image": images, "label": folders}, datasets.Features(features))
+
+
+def paths(rows: datasets.Dataset) -> list[str]:
+    """Of all images, in their order."""
     # Chunk by chunk: they may hold the files' bytes as well, which are not to be read.
-    paths = [path for chunk in rows.data["image"].chunks for path in chunk.field("path").to_pylist()]
-    return f"{len(paths)} images, {hashlib.sha256(json.dumps(paths).encode()).hexdigest()[:16]}"
+    return [path for chunk in rows.data["image"].chunks for path in chunk.field("path").to_pylist()]
 
 
 def decode(source: str | bytes, size: int) -> Tensor:
@@ -64,9 +75,10 @@ def decode(source: str | bytes, size: int) -> Tensor:
         opened.draft("", (size, size))  # a JPEG is decoded at the half, the quarter ... if that is enough
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith(("I", "F")):  # 16 bits a pixel or more: from the darkest to the brightest
-            pixels = np.asarray(image, dtype=np.float32)
-            dark, bright = pixels.min(), pixels.max()
-            image = Image.fromarray(((pixels - dark) / max(bright - dark, 1e-6) * 255).astype(np.uint8))
+            pixels = np.asarray(image, dtype=np.float64)
+            dark, bright = np.percentile(pixels[np.isfinite(pixels)], (0.1, 99.9))  # what is missing may be -3.4e38
+            pixels = np.nan_to_num((pixels - dark) / ((bright - dark) or 1.0))
+            image = Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
         image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -109,8 +121,8 @@ class Images(Dataset[Any]):
 class Stream(IterableDataset[Any]):
     """Images of a data set that is read as it comes: for what does not fit on the disk.
 
-    It is shuffled in a buffer, anew in each epoch (`rows.set_epoch`), and divided among processes and workers by its
-    files. Images that cannot be decoded are passed by.
+    It has no end, is shuffled in a buffer, anew in each epoch (`rows.set_epoch`), and divided among processes and
+    workers by its files. Images that cannot be decoded are passed by.
 
     Args:
         rows: of `open_images(data, streaming=True)`.
@@ -136,10 +148,18 @@ class Stream(IterableDataset[Any]):
         self.images, self.bad_files = Images(self.rows, size), bad_files
 
     def __iter__(self) -> Iterator[Any]:
-        for row in self.rows:
-            try:
-                sample = self.images.sample(row)
-            except Exception:  # of what a file may hold, nothing is worth a run
-                self.bad_files.add(row["image"]["path"] or "an image without a name")
-                continue
-            yield sample
+        """Without end: the shares of processes are unlike, and one that ended first would keep the others waiting."""
+        while True:
+            rows = good = 0
+            for rows, row in enumerate(self.rows, 1):  # noqa: B007
+                try:
+                    sample = self.images.sample(row)
+                except Exception as error:  # of what a file may hold, nothing is worth a run
+                    self.bad_files.add(row["image"]["path"] or "an image without a name", error)
+                    continue
+                good += 1
+                yield sample
+            if not rows:  # more workers than files
+                return
+            if not good:
+                raise ValueError(f"not one of {rows} images can be decoded; they are listed in {self.bad_files.file}")

@@ -1,14 +1,17 @@
 """The folder of a run: its settings, its checkpoints, Ctrl-C and going on."""
 
 import argparse
+import hashlib
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -28,7 +31,7 @@ def check_readable(file: Path) -> None:
 
 
 def parse_run(
-    parser: argparse.ArgumentParser, limits: dict[str, tuple[float, float]], arguments: Sequence[str] | None
+    parser: argparse.ArgumentParser, limits: Mapping[str, tuple[float, float]], arguments: Sequence[str] | None
 ) -> Any:
     """The options, kept in the folder `--out`: a resumed run takes up those that it was started with.
 
@@ -66,6 +69,36 @@ def parse_run(
                 "keeps its settings; leave the option out, or start another run with --out"
             )
     return args
+
+
+def fingerprint(files: Sequence[str]) -> str:
+    """Follows from the list of files; a run that is resumed needs the same one, in which the order is the same."""
+    return f"{len(files)} files, {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}"
+
+
+def check_same_data(out: Path, description: str, resume: bool) -> None:
+    """Stop a resumed run whose data are not those that it began with; `description` is kept in the folder."""
+    file = out / "data.txt"
+    if resume and file.exists() and file.read_text() != description:
+        raise SystemExit(
+            f"the data have changed since the run in {out} began ({file.read_text()}, now {description}), and their "
+            "order with them: put the files back, or begin another run with --out. Nothing was changed"
+        )
+    file.write_text(description)
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place first, so that a full disk or a kill leaves no half one there."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        """Write, then rename."""
+        part = Path(f"{path}.part")
+        try:
+            super().save_checkpoint(checkpoint, part, storage_options)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        part.replace(path)
 
 
 class StopAtBatchEnd(Callback):

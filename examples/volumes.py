@@ -1,9 +1,9 @@
 """Volumes: scans in NIfTI files, and small ones that are made, enough to see that features tell shapes apart."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
+from bad_files import walk
 from monai import transforms as mt
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -34,7 +34,7 @@ class Scans(Dataset[Any]):
     """The NIfTI files of a folder, however deep, as (1, size, size, size) in [0, 1], each by its own percentiles."""
 
     def __init__(self, folder: str, size: int) -> None:
-        self.files = sorted(str(file) for file in Path(folder).rglob("*") if file.name.endswith((".nii", ".nii.gz")))
+        self.files = [file for file in walk(folder) if file.lower().endswith((".nii", ".nii.gz"))]
         if not self.files:
             raise SystemExit(f"{folder} has no NIfTI file (.nii, .nii.gz), or is no folder")
         self.read = mt.Compose(
@@ -52,8 +52,10 @@ class Scans(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Tensor:
         volume: Tensor = self.read(self.files[index])
-        if len(volume) != 1 or not volume.isfinite().all():
-            raise ValueError(f"expected one channel of finite values, got {len(volume)}")
+        if len(volume) != 1:
+            raise ValueError(f"it has {len(volume)} channels, expected 1")
+        if not volume.isfinite().all():
+            raise ValueError("it has voxels that are not finite")
         return volume
 
     def name(self, index: int) -> str:

@@ -21,6 +21,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from PIL import Image
+from run_folder import WholeCheckpoints, fingerprint
 from torch.utils.data import DataLoader, Dataset
 from toy import trainer
 
@@ -75,13 +76,13 @@ def saved(file):
 
 def test_a_run_on_a_folder_writes_what_it_says(run):
     assert {file.name for file in run.iterdir()} == {
-        "settings.json", "images.txt", "checkpoints", "metrics", "bad_files.txt", "summary.json",
+        "settings.json", "data.txt", "checkpoints", "metrics", "bad_files.txt", "summary.json",
     }  # fmt: skip
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["images"].startswith("41 images, ")
+    assert summary["images"].startswith("41 files, ")
     assert (summary["bad_files"], summary["epochs"]) == (1, 3)
     assert 0 < summary["data_wait"] < 1
-    assert (run / "bad_files.txt").read_text().endswith("light/text.jpg\n")
+    assert "light/text.jpg\tcannot identify image file" in (run / "bad_files.txt").read_text()
     assert [file.name for file in (run / "checkpoints").iterdir()] == ["epoch=2.ckpt"]
     probes = saved(run / "checkpoints" / "epoch=2.ckpt")["callbacks"]["KNNProbeCallback"]["history"]
     assert [probe["epoch"] for probe in probes] == [0, 1, 2]
@@ -127,7 +128,7 @@ def test_a_folder_that_changed_is_said_and_nothing_is_lost(photos, tmp_path):
     before = (out / "checkpoints" / "epoch=0.ckpt").read_bytes()
     (changed / "dark" / "01.png").unlink()
     with pytest.raises(
-        SystemExit, match=r"has changed since the run began \(41 images, .*, now 40 images, .*put the files back"
+        SystemExit, match=r"have changed since the run in .* began \(41 files, .*, now 40 files, .*put the files back"
     ):
         main(["--resume", "--out", str(out)])
     assert (out / "checkpoints" / "epoch=0.ckpt").read_bytes() == before
@@ -265,3 +266,33 @@ def test_the_share_of_waiting_for_data(seconds, low, high):
     run.fit(Busy(), DataLoader(Slow(seconds)))
     assert low <= wait.share <= high
     assert run.callback_metrics["data_wait"].item() == pytest.approx(wait.share)
+
+
+@pytest.mark.parametrize("option", [["--local-size", "17"], ["--global-size", "0"]])
+def test_views_are_multiples_of_the_patches(photos, tmp_path, option, capsys):
+    with pytest.raises(SystemExit):
+        main([*options(photos, tmp_path / "out", 1), *option])
+    assert f"must be a multiple of 16, the size of the ViT's patches, got {option[1]}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    """Moved from another file system, as Lightning's are, it would grow in its place."""
+    file = tmp_path / "a" / "one.ckpt"
+    WholeCheckpoints().save_checkpoint({"state_dict": {}}, file)
+    before = file.read_bytes()
+
+    def half(self, checkpoint, path, storage_options=None):
+        Path(path).write_bytes(before[:10])
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("lightning.pytorch.plugins.io.TorchCheckpointIO.save_checkpoint", half)
+    with pytest.raises(OSError, match="No space left"):
+        WholeCheckpoints().save_checkpoint({"state_dict": {}}, file)
+    assert [(path.name, path.read_bytes()) for path in file.parent.iterdir()] == [("one.ckpt", before)]
+
+
+def test_the_fingerprint_follows_from_the_list_of_files():
+    assert fingerprint(["a", "b"]).startswith("2 files, ")
+    assert fingerprint(["a", "b"]) == fingerprint(["a", "b"])
+    assert len({fingerprint(files) for files in (["a", "b"], ["a", "c"], ["b", "a"], ["a"])}) == 4

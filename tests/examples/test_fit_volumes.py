@@ -103,12 +103,22 @@ def test_a_folder_of_scans_trains(damaged, tmp_path, capsys):
     out = tmp_path / "out"
     main(["--data", str(damaged), "--epochs", "1", "--batch-size", "4", "--prototypes", "16", "--out", str(out)])
     assert json.loads((out / "summary.json").read_text()) == {"epochs": 1, "knn_top1": []}
-    assert "5 files could not be read and were left out" in capsys.readouterr().out
+    listed = BadFiles(out / "bad_files.txt").names()
+    assert 4 <= len(listed) <= 5  # eight of nine are asked for
+    assert f"{len(listed)} files could not be read and were left out" in capsys.readouterr().out
+
+
+def test_scans_that_changed_are_said(scans, tmp_path):
+    changed, out = shutil.copytree(scans, tmp_path / "changed"), tmp_path / "out"
+    main(["--data", str(changed), "--epochs", "1", "--batch-size", "2", "--prototypes", "16", "--out", str(out)])
+    (changed / "patient0" / "scan0.nii").rename(changed / "patient0" / "other.nii")
+    with pytest.raises(SystemExit, match="the data have changed since the run"):
+        main(["--resume", "--out", str(out)])
 
 
 def test_fewer_scans_than_a_batch_are_an_error(scans, tmp_path):
     with pytest.raises(
-        ValueError, match="4 samples for each process are less than a batch of 32.* a smaller batch size"
+        ValueError, match=r"4 samples for each process are less than a batch of 32.* a smaller batch size"
     ):
         main(["--data", str(scans), "--out", str(tmp_path / "out")])
 
