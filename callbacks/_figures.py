@@ -20,7 +20,9 @@ from dino_head.callbacks._pictures import Maps, Samples, as_colours, principal_c
 from dino_head.functional import evenly
 
 History = Sequence[dict[str, float]]
+Curves = dict[str, tuple[list[float], list[float]]]  # steps and values
 
+DASHED: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 1.0, "alpha": 0.8}
 GREY, RIGHT, WRONG = "0.45", "tab:green", "tab:red"
 SCHEDULES = {
     "learning_rate": "learning rate",
@@ -42,15 +44,30 @@ class Drawn(NamedTuple):
     figure: Figure
 
 
-def draw(looks: History, probes: History, train: Samples | None, test: Samples | None, maps: Maps) -> list[Drawn]:
-    """All figures for which there is something to draw."""
+def draw(
+    looks: History,
+    probes: History,
+    train: Samples | None,
+    test: Samples | None,
+    maps: Maps,
+    reference: Curves | None = None,
+) -> list[Drawn]:
+    """All figures for which there is something to draw; the reference is another run's course, to be compared with."""
     drawn = []
     if looks or probes or test is not None:
         caption = (
             "The student lowers the KL; the teacher's entropy is given to it, and is ln K if the teacher is uniform. A "
             "loss above ln K is that of a student far from its teacher."
         )
-        drawn.append(Drawn("overview", "Course of the run", caption if looks else "", overview(looks, probes, test)))
+        compared = " Dashed: the reference, per ln K, at the same share of its run." if reference else ""
+        drawn.append(
+            Drawn(
+                "overview",
+                "Course of the run",
+                (caption if looks else "") + compared,
+                overview(looks, probes, test, reference or {}),
+            )
+        )
     if train is not None and test is not None and train.pictures is not None and test.pictures is not None:
         caption = "Held-out images (left) and the training images nearest to them, with their cosine similarity."
         caption += _shown_part(test.inputs)
@@ -71,13 +88,13 @@ def read(file: Path) -> Any:
     return image.imread(file)
 
 
-def overview(looks: History, probes: History, test: Samples | None) -> Figure:
+def overview(looks: History, probes: History, test: Samples | None, reference: Curves) -> Figure:
     """Loss, rank and kNN, schedules, and a map of held-out features: whatever there is."""
     panels: list[Any] = []
     if looks:
-        panels.append(lambda figure, spec: _loss(figure.add_subplot(spec), looks))
+        panels.append(lambda figure, spec: _loss(figure.add_subplot(spec), looks, reference))
     if looks or probes:
-        panels.append(lambda figure, spec: _quality(figure.add_subplot(spec), looks, probes))
+        panels.append(lambda figure, spec: _quality(figure.add_subplot(spec), looks, probes, reference))
     if looks:
         panels.append(lambda figure, spec: _schedules(figure, spec, looks))
     if test is not None:
@@ -127,24 +144,31 @@ def patches(images: Tensor, maps: Maps) -> Figure:
     return figure
 
 
-def _loss(axis: Axes, looks: History) -> None:
+def _loss(axis: Axes, looks: History, reference: Curves) -> None:
     steps, loss, entropy = (_column(looks, name) for name in ("step", "loss", "teacher_entropy"))
     limit = next((look["loss"] / look["loss_per_lnK"] for look in looks if look["loss_per_lnK"] > 0), math.nan)
     axis.fill_between(steps, entropy, color="tab:blue", alpha=0.25, linewidth=0, label="teacher entropy")
     axis.fill_between(steps, entropy, loss, color="tab:orange", alpha=0.4, linewidth=0, label="KL")
     axis.plot(steps, loss, color="black", linewidth=1.2, label="loss", **_marker(steps))
+    for name, colour in (("loss_per_lnK", "black"), ("teacher_entropy_per_lnK", "tab:blue")):
+        if name in reference:
+            x, shares = reference[name]
+            axis.plot(x, [share * limit for share in shares], color=colour, label=f"reference {name}"[:-8], **DASHED)
     axis.axhline(limit, color=GREY, linestyle="--", label=f"ln K = {limit:.2f}: uniform")
     axis.set(title="The loss is teacher entropy + KL", ylabel="nats", xlabel="optimizer steps", ylim=(0, None))
     axis.legend(loc="best", frameon=False, fontsize="small")
 
 
-def _quality(axis: Axes, looks: History, probes: History) -> None:
+def _quality(axis: Axes, looks: History, probes: History, reference: Curves) -> None:
     axis.set(xlabel="optimizer steps")
     if probes:
         steps = _column(probes, "step")
         percent = [100 * value for value in _column(probes, "top1")]
         axis.plot(steps, percent, color="tab:green", label="kNN accuracy", **_marker(steps))
         axis.annotate(f"{percent[-1]:.1f}%", (steps[-1], percent[-1]), (0, -14), textcoords="offset points", ha="right")
+        if "top1" in reference:
+            x, shares = reference["top1"]
+            axis.plot(x, [100 * share for share in shares], color="tab:green", **DASHED)
         axis.set_ylabel("kNN accuracy, %", color="tab:green")
         axis.set_ylim(top=min(axis.get_ylim()[1], 100.5))
     if looks:

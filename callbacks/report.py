@@ -1,6 +1,8 @@
 """A page with pictures of a run, to be looked at while it trains and afterwards."""
 
 import io
+import json
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -35,6 +37,8 @@ class ReportCallback(Callback):
     authors' models, the first three principal components of the patch tokens as colours
     (`get_intermediate_layers(images, n=1)`) and the attention of the class token (`get_last_selfattention(images)`).
 
+    `curves.json` holds what is drawn of the course, and can be laid under that of another run: `reference`.
+
     The page is one file without links to others. It is written after each validation, in a run without validation
     every `every_n_epochs` epochs, and at the end; each file appears whole or not at all. Loggers that take images
     (`log_image`, or an `experiment` with `add_image`) get the pictures too. What cannot be drawn is said in a warning,
@@ -49,9 +53,11 @@ class ReportCallback(Callback):
         module: as for KNNProbeCallback, whose own is taken with its loaders.
         every_n_epochs: in a run without validation.
         max_samples: about the most that are taken of each loader, spread evenly over it.
+        reference: the curves.json of a run that went well, drawn as dashed lines: its loss and entropy per ln K, and
+            its kNN accuracy, at the same share of the run.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, or a reference that is no curves.json.
         MisconfigurationException: when training starts: a report of another run in the folder, one loader without the
             other, or no such module.
         ModuleNotFoundError: no matplotlib.
@@ -66,11 +72,13 @@ class ReportCallback(Callback):
         module: str = "teacher.backbone",
         every_n_epochs: int = 10,
         max_samples: int = 1000,
+        reference: str | Path | None = None,
     ) -> None:
         check_integer("every_n_epochs", every_n_epochs, 1)
         check_integer("max_samples", max_samples, 1)
         self.dirpath, self.train, self.test, self.module = dirpath, train, test, module
         self.every_n_epochs, self.max_samples = every_n_epochs, max_samples
+        self._reference = None if reference is None else read_curves(Path(reference))
         self._folder = Path()
         self._source: tuple[str, Loaders] | None = None
         self._written, self._seconds = 0, 0.0
@@ -143,7 +151,10 @@ class ReportCallback(Callback):
             return
         looks, probes = monitor.history if monitor else [], probe.history if probe else []
         pictures = []
-        for name, title, caption, figure in _figures().draw(looks, probes, train, test, maps):
+        curves = {"steps": trainer.estimated_stepping_batches, "looks": looks, "probes": probes}
+        replace_file(self._folder / "curves.json", json.dumps(curves).encode())
+        reference = None if self._reference is None else stretched(self._reference, curves)
+        for name, title, caption, figure in _figures().draw(looks, probes, train, test, maps, reference):
             png = io.BytesIO()
             figure.savefig(png, format="png", dpi=100)
             pictures.append((title, caption, png.getvalue()))
@@ -201,6 +212,28 @@ class ReportCallback(Callback):
             return None
         find_submodule(pl_module, name, "module=...")
         return name, loaders
+
+
+def read_curves(file: Path) -> dict[str, Any]:
+    """What a report has written: `steps` of the whole run, and the `looks` and `probes` of its callbacks."""
+    try:
+        curves: dict[str, Any] = json.loads(file.read_text())
+        stretched(curves, curves)
+    except Exception as error:  # whatever is in the file
+        raise ValueError(
+            f"reference={str(file)!r} is not the curves.json of a ReportCallback ({type(error).__name__}: {error})"
+        ) from error
+    return curves
+
+
+def stretched(reference: dict[str, Any], curves: dict[str, Any]) -> dict[str, tuple[list[float], list[float]]]:
+    """Steps and values of the reference's curves, as if its run had been as long as this one."""
+    steps, looks, probes = reference["steps"], reference["looks"], reference["probes"]
+    scale = curves["steps"] / steps if math.isfinite(curves["steps"]) and math.isfinite(steps) else 1.0
+    return {
+        name: ([row["step"] * scale for row in rows], [row[name] for row in rows])
+        for name, rows in (("loss_per_lnK", looks), ("teacher_entropy_per_lnK", looks), ("top1", probes))
+    }
 
 
 def replace_file(file: Path, content: bytes) -> None:

@@ -76,7 +76,8 @@ def decode(source: str | bytes, size: int) -> Tensor:
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith(("I", "F")):  # 16 bits a pixel or more: from the darkest to the brightest
             pixels = np.asarray(image, dtype=np.float64)
-            dark, bright = np.percentile(pixels[np.isfinite(pixels)], (0.1, 99.9))  # what is missing may be -3.4e38
+            seen = pixels[np.abs(pixels) < 1e30]  # what is missing is NaN, or -3.4e38
+            dark, bright = np.percentile(seen, (0.1, 99.9))
             pixels = np.nan_to_num((pixels - dark) / ((bright - dark) or 1.0))
             image = Image.fromarray((pixels.clip(0, 1) * 255).astype(np.uint8))
         image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
