@@ -1,9 +1,9 @@
-# fit: DINO on real images in a few minutes.  test: lint, types and tests.  bench: what the parts cost.
+# fit: DINO on real images in a few minutes.  test: lint, types, site and tests.  docs: the site.  bench: costs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: fit test bench
+.PHONY: fit test docs bench
 fit: $(VENV)/installed
 	$(BIN)/python examples/fit_digits.py $(ARGS)
 
@@ -11,7 +11,11 @@ test: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(MAKE) docs
 	$(BIN)/python -m pytest $(ARGS)
+
+docs: $(VENV)/installed
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/import_time.py

@@ -150,10 +150,13 @@ def _loss(axis: Axes, looks: History, reference: Curves) -> None:
     axis.fill_between(steps, entropy, color="tab:blue", alpha=0.25, linewidth=0, label="teacher entropy")
     axis.fill_between(steps, entropy, loss, color="tab:orange", alpha=0.4, linewidth=0, label="KL")
     axis.plot(steps, loss, color="black", linewidth=1.2, label="loss", **_marker(steps))
-    for name, colour in (("loss_per_lnK", "black"), ("teacher_entropy_per_lnK", "tab:blue")):
+    for name, label, colour in (
+        ("loss_per_lnK", "reference: loss", "black"),
+        ("teacher_entropy_per_lnK", "reference: teacher entropy", "tab:blue"),
+    ):
         if name in reference:
             x, shares = reference[name]
-            axis.plot(x, [share * limit for share in shares], color=colour, label=f"reference {name}"[:-8], **DASHED)
+            axis.plot(x, [share * limit for share in shares], color=colour, label=label, **DASHED)
     axis.axhline(limit, color=GREY, linestyle="--", label=f"ln K = {limit:.2f}: uniform")
     axis.set(title="The loss is teacher entropy + KL", ylabel="nats", xlabel="optimizer steps", ylim=(0, None))
     axis.legend(loc="best", frameon=False, fontsize="small")

@@ -152,7 +152,8 @@ class ReportCallback(Callback):
         looks, probes = monitor.history if monitor else [], probe.history if probe else []
         pictures = []
         curves = {"steps": trainer.estimated_stepping_batches, "looks": looks, "probes": probes}
-        replace_file(self._folder / "curves.json", json.dumps(curves).encode())
+        if looks or probes:
+            replace_file(self._folder / "curves.json", json.dumps(curves).encode())
         reference = None if self._reference is None else stretched(self._reference, curves)
         for name, title, caption, figure in _figures().draw(looks, probes, train, test, maps, reference):
             png = io.BytesIO()

@@ -1,4 +1,5 @@
 import base64
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -19,9 +20,12 @@ from views import TinyDINO, TinyViT, tiny_dino, view_loader
 import dino_head.callbacks
 from dino_head import DINOLoss, DINOProjectionHead
 from dino_head.callbacks import CollapseMonitorCallback, KNNProbeCallback, ReportCallback
+from dino_head.callbacks import _figures as figures
 from dino_head.callbacks import _pictures as pictures
+from dino_head.callbacks._figures import overview
+from dino_head.callbacks.report import stretched
 
-FILES = {"report.html", "overview.png", "neighbours.png"}
+FILES = {"report.html", "overview.png", "neighbours.png", "curves.json"}
 
 
 def seeded(**options):
@@ -235,7 +239,7 @@ def test_what_cannot_be_drawn_is_said_and_training_goes_on(data, message, tmp_pa
     with pytest.warns(UserWarning, match=f"with fewer pictures in epoch 3, and training goes on: .*{message}"):
         run = fit(seeded(), *watching(tmp_path)[:1], watch)
     assert run.global_step == 12
-    assert {file.name for file in tmp_path.iterdir()} == {"report.html", "overview.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"report.html", "overview.png", "curves.json"}
 
 
 @pytest.mark.filterwarnings("ignore:not finite")
@@ -408,7 +412,7 @@ def test_inputs_that_are_no_images_are_a_map_alone(tmp_path):
     module.augment = lambda x: [x, -x]
     data = images(shape=(32,))
     fit(module, ReportCallback(tmp_path, data, data), data=data)
-    assert {file.name for file in tmp_path.iterdir()} == {"report.html", "overview.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"report.html", "overview.png", "curves.json"}
 
 
 def test_many_classes_need_no_legend(tmp_path):
@@ -503,3 +507,45 @@ def test_a_fast_dev_run_leaves_nothing_behind(tmp_path):
 def test_a_module_that_is_not_there_is_said_when_training_starts(tmp_path):
     with pytest.raises(MisconfigurationException, match=re.escape("has no submodule 'net'")):
         fit(seeded(), ReportCallback(tmp_path, images(), images(), module="net"))
+
+
+def curves(steps=100):
+    """Of a run that went well, as a report writes them."""
+    looks = [
+        {"step": float(step), "loss_per_lnK": 1 - step / 200, "teacher_entropy_per_lnK": 0.5} for step in (0, 50, 100)
+    ]
+    return {"steps": steps, "looks": looks, "probes": [{"step": 50.0, "top1": 0.25}, {"step": 100.0, "top1": 0.75}]}
+
+
+def test_a_report_lies_over_the_curves_of_another_run(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "overview", lambda *args, **options: drawn.append(overview(*args)) or drawn[-1])
+    file = tmp_path / "curves.json"
+    file.write_text(json.dumps(curves()))
+    run = fit(seeded(), *watching(tmp_path / "one", reference=file), max_epochs=2)
+    loss, quality = drawn[-1].axes[:2]
+    lines = {line.get_label(): line.get_xydata() for line in loss.lines}
+    (level,) = {line.get_ydata()[0] for line in loss.lines if "uniform" in line.get_label()}
+    assert level == pytest.approx(np.log(16))
+    steps = run.global_step  # to which the 100 steps of the reference are stretched
+    expected = [[0, level], [steps / 2, 0.75 * level], [steps, level / 2]]
+    np.testing.assert_allclose(lines["reference: loss"], expected, rtol=1e-6)
+    np.testing.assert_allclose(lines["reference: teacher entropy"][:, 1], level / 2, rtol=1e-6)
+    knn = [line.get_xydata() for line in quality.lines if line.is_dashed()]
+    np.testing.assert_allclose(knn, [[[steps / 2, 25], [steps, 75]]])
+    assert "Dashed: the reference" in (tmp_path / "one" / "report.html").read_text()
+    fit(seeded(), *watching(tmp_path / "other", reference=tmp_path / "one" / "curves.json"))  # one's own, for another
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", "[1]", '{"steps": 1, "looks": [{}], "probes": []}'])
+def test_a_reference_that_is_none_is_said(text, tmp_path):
+    file = tmp_path / "curves.json"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ValueError, match=r"reference='.*curves\.json' is not the curves\.json of a ReportCallback \("):
+        ReportCallback(tmp_path, reference=file)
+
+
+def test_a_run_without_an_end_is_laid_over_step_by_step():
+    assert stretched(curves(), {"steps": float("inf")})["loss_per_lnK"][0] == [0, 50, 100]
+    assert stretched(curves(), {"steps": 1000})["top1"] == ([500, 1000], [0.25, 0.75])

@@ -145,6 +145,7 @@ def test_a_full_disk_is_said_and_costs_no_checkpoint(photos, tmp_path):
     printed = process.communicate()[0]
     assert process.returncode == 1
     assert re.search(r"stopped: .*File too large.*Make room or repair, and go on with --resume --out", printed)
+    assert "1 files could not be read and were left out" in printed  # however it ends
     assert first.stat().st_size > half
     assert saved(first)["state_dict"]
     main(["--resume", "--out", str(out)])
@@ -280,7 +281,9 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     """Moved from another file system, as Lightning's are, it would grow in its place."""
     file = tmp_path / "a" / "one.ckpt"
     WholeCheckpoints().save_checkpoint({"state_dict": {}}, file)
-    before = file.read_bytes()
+    before, place = file.read_bytes(), file.stat().st_ino
+    WholeCheckpoints().save_checkpoint({"state_dict": {}}, file)
+    assert file.stat().st_ino != place  # another file was put there, not the same one written
 
     def half(self, checkpoint, path, storage_options=None):
         Path(path).write_bytes(before[:10])
