@@ -2,6 +2,8 @@ import argparse
 import itertools
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -209,3 +211,26 @@ LINKS = [
 @pytest.mark.parametrize(("folder", "link"), LINKS)
 def test_links_lead_somewhere(folder, link):
     assert (folder / link).exists()
+
+
+def test_the_figures_and_pictures_of_collapses_are_on_their_page():
+    page, folder = (ROOT / "docs" / "collapse.md").read_text(), ROOT / "docs" / "collapse"
+    said = json.loads((folder / "said.json").read_text())
+    assert {f"({folder.name}/{case}.png)" for case in said} == set(re.findall(r"\(collapse/\w+\.png\)", page))
+    for case, seen in said.items():
+        assert (folder / f"{case}.png").stat().st_size > 10_000
+        for text in seen["diagnoses"]:
+            assert f"| {text.split(':')[0]} |" in page
+    assert [case for case, seen in said.items() if not seen["diagnoses"]][:1] == ["healthy"]
+    assert said["uniform"]["loss_per_lnK"] > 0.98
+    assert said["one_hot"]["loss_per_lnK"] < 0.02
+    assert said["left_behind"]["diagnoses"][0].startswith("teacher does not follow")
+
+
+def test_the_script_of_the_pictures_runs(tmp_path):
+    command = [sys.executable, str(ROOT / "docs" / "collapse.py"), "--epochs", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
+        file.name for file in (ROOT / "docs" / "collapse").iterdir()
+    )
