@@ -222,6 +222,11 @@ def test_the_figures_and_pictures_of_collapses_are_on_their_page():
         for text in seen["diagnoses"]:
             assert f"| {text.split(':')[0]} |" in page
     assert [case for case, seen in said.items() if not seen["diagnoses"]][:1] == ["healthy"]
+    for figure in ("95.2%", "97.5%", "98.0%"):
+        assert figure in page
+        assert figure in {f"{100 * seen['knn_top1']:.1f}%" for seen in said.values()}
+    assert f"{said['many']['loss_per_lnK']:.2f} $" in page
+    assert f"comes to {said['healthy']['loss_per_lnK']:.2f}." in page
     assert said["uniform"]["loss_per_lnK"] > 0.98
     assert said["one_hot"]["loss_per_lnK"] < 0.02
     assert said["left_behind"]["diagnoses"][0].startswith("teacher does not follow")
