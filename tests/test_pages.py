@@ -239,3 +239,24 @@ def test_the_script_of_the_pictures_runs(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
         file.name for file in (ROOT / "docs" / "collapse").iterdir()
     )
+
+
+COMMANDS = [
+    (page.name, line)
+    for page in PAGES
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text().replace("\\\n", " "), re.DOTALL)
+    for line in block.splitlines()
+    if ".py" in line
+]
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_commands_name_scripts_options_and_files_that_are_there(page, line):
+    command = line.split("#")[0]
+    (script,) = re.findall(r"(?:examples|benchmarks|docs)/\w+\.py", command)
+    source = (ROOT / script).read_text()
+    for option, value in re.findall(r"--([\w-]+(?:\.\w+)?) ?([^ ]*)", command.split(script)[1]):
+        if option == "config":
+            assert (ROOT / value).exists()
+        elif script != "examples/cli.py":  # whose options are those of the classes
+            assert f'"--{option}"' in source
