@@ -159,7 +159,7 @@ def _loss(axis: Axes, looks: History, reference: Curves) -> None:
             axis.plot(x, [share * limit for share in shares], color=colour, label=label, **DASHED)
     axis.axhline(limit, color=GREY, linestyle="--", label=f"ln K = {limit:.2f}: uniform")
     axis.set(title="The loss is teacher entropy + KL", ylabel="nats", xlabel="optimizer steps", ylim=(0, None))
-    axis.legend(loc="best", frameon=False, fontsize="small")
+    axis.legend(loc="best", edgecolor="none", fontsize="small")
 
 
 def _quality(axis: Axes, looks: History, probes: History, reference: Curves) -> None:

@@ -165,7 +165,8 @@ class CollapseMonitorCallback(Callback):
         """Listen no longer, and say what was seen."""
         self._end_look()
         self._module = None
-        rank_zero_info(self.receipt)
+        if self.receipt:
+            rank_zero_info(self.receipt)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Listen no longer."""

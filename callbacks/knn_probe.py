@@ -111,7 +111,8 @@ class KNNProbeCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the datamodule's loaders, and say what was found."""
         self._loaders = None
-        rank_zero_info(self.receipt)
+        if self.receipt:
+            rank_zero_info(self.receipt)
 
     def state_dict(self) -> dict[str, Any]:
         """The accuracies so far."""

@@ -100,7 +100,7 @@ class ReportCallback(Callback):
         _figures()
         self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         exists = trainer.strategy.broadcast((self._folder / "report.html").exists())
-        if exists and trainer.global_step == 0:
+        if exists and trainer.global_step == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise MisconfigurationException(
                 f"{self._folder} holds the report of another run: move it away, or give ReportCallback another dirpath"
             )

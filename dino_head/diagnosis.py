@@ -80,12 +80,18 @@ def _one_hot(seen: Mapping[str, float]) -> str | None:
 
 def _uniform(seen: Mapping[str, float]) -> str | None:
     if seen["teacher_entropy_per_lnK"] > UNIFORM and seen["student_entropy_per_lnK"] > UNIFORM:
+        images = ""
+        if seen["rankme"] < LOW_RANK:
+            images = (
+                f"The effective rank of the embeddings is {seen['rankme']:.2f}: look at a batch first, its images may "
+                "be all the same after normalisation. "
+            )
         return (
             f"uniform teacher: its entropy is {seen['teacher_entropy']:.4f} nats, "
             f"{seen['teacher_entropy_per_lnK']:.3f} ln K, and the student agrees, so that the loss stays at ln K and "
-            "nothing is learnt. Lower the teacher temperature (teacher_temp; the authors begin with 0.04), and check "
-            "that teacher and student are not the same object. In the first epochs it may pass by itself, once the "
-            "learning rate has warmed up"
+            f"nothing is learnt. {images}Lower the teacher temperature (teacher_temp; the authors begin with 0.04), "
+            "and check that teacher and student are not the same object. In the first epochs it may pass by itself, "
+            "once the learning rate has warmed up"
         )
     return None
 

@@ -28,7 +28,7 @@ html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the signatures have them
+autodoc_typehints_format = "short"
 
 
 SECTIONS = ("Args:", "Attributes:", "Returns:", "Raises:")

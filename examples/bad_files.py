@@ -82,6 +82,12 @@ class FileData(LightningDataModule):
         """In the folder of the run, the Trainer's default_root_dir."""
         return BadFiles(Path(self.trainer.default_root_dir if self.trainer else ".") / "bad_files.txt")
 
+    def setup(self, stage: str) -> None:
+        """Begin the list, unless a run goes on."""
+        run = self.trainer
+        if stage == "fit" and run and run.is_global_zero and not run.ckpt_path:
+            self.bad_files.file.unlink(missing_ok=True)
+
     def teardown(self, stage: str) -> None:
         """Say it."""
         bad = self.bad_files

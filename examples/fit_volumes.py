@@ -21,6 +21,7 @@ from backbones import check_backbone
 from bad_files import FileData, Readable
 from data import ResumableLoader
 from dino_module import DINO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -113,7 +114,9 @@ class Volumes(FileData):
     def knn_dataloaders(self) -> tuple[DataLoader[Any], DataLoader[Any]]:
         """Volumes that vote on 128 others."""
         if not self.is_made:
-            raise ValueError("scans have no labels here, which a KNNProbeCallback needs: take it out of the callbacks")
+            raise MisconfigurationException(
+                "scans have no labels here, which a KNNProbeCallback needs: take it out of the callbacks"
+            )
         held_out = TensorDataset(*make_volumes(128, self.size, seed=1))
         return DataLoader(self.volumes, batch_size=64), DataLoader(held_out, batch_size=64)
 

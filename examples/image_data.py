@@ -44,6 +44,7 @@ class ImageData(FileData):
 
     def setup(self, stage: str) -> None:
         """Hold every tenth image out, if there are classes to tell apart."""
+        super().setup(stage)
         held_out = set(range(0, len(self.rows), 10)) if self.has_classes else set()
         train = self.rows.select([i for i in range(len(self.rows)) if i not in held_out])
         bad = self.bad_files

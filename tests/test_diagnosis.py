@@ -49,6 +49,11 @@ def test_a_healthy_run_gets_no_diagnosis():
             "uniform teacher",
             ["6.1900 nats", "0.993 ln K", "Lower the teacher temperature", "not the same object"],
         ),
+        (
+            {"teacher_entropy_per_lnK": 0.993, "student_entropy_per_lnK": 0.991, "rankme": 1.02},
+            "uniform teacher",
+            ["effective rank of the embeddings is 1.02: look at a batch first", "Lower the teacher temperature"],
+        ),
         ({"rankme": 1.3}, "dimensional collapse", ["1.30", "batch norm"]),
         ({"prototypes_used": 0.02}, "dead prototypes", ["10 of 512", "1280 rows", "output_dim", "no harm"]),
         (STUCK, "no collapse", ["9.80 nats", "0.88 ln K", "K = 65536", "9.40 of it", "0.40 are KL", "kNN"]),

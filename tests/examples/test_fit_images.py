@@ -208,7 +208,8 @@ def test_a_stream_trains_and_goes_on(photos, tmp_path):
                 orders.append((trainer.current_epoch, index, batch[0].float().mean().item()))
 
         data = StreamData(str(photos), batch_size=8, workers=0, image_size=36)
-        run = trainer(TeacherUpdateCallback(total_steps=9), Watch(), max_epochs=epochs, limit_train_batches=3)
+        own = {"max_epochs": epochs, "limit_train_batches": 3, "default_root_dir": tmp_path}
+        run = trainer(TeacherUpdateCallback(total_steps=9), Watch(), **own)
         run.fit(build(args), data, ckpt_path=ckpt_path)
         run.save_checkpoint(tmp_path / "stream.ckpt")
 
@@ -220,14 +221,27 @@ def test_a_stream_trains_and_goes_on(photos, tmp_path):
     assert len({mean for _, _, mean in whole}) == 9
 
 
-def test_the_script_takes_a_stream(photos, tmp_path, capsys):
-    main([*options(photos, tmp_path / "out", 2), "--stream", "2"])
+def test_the_script_takes_a_stream(photos, tmp_path, capsys, monkeypatch):
+    written, save = [], WholeCheckpoints.save_checkpoint
+    monkeypatch.setattr(WholeCheckpoints, "save_checkpoint", lambda *args: written.append(args[2]) or save(*args))
+    main([*options(photos, tmp_path / "out", 2), "--stream", "2", "--momentum", "0.9"])
+    assert [Path(file).name for file in written] == ["epoch=0.ckpt", "epoch=1.ckpt"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary.pop("data_wait") > 0
     assert summary == {"images": f"a stream from {photos}", "bad_files": 1, "epochs": 2}
     assert "1 files could not be read and were left out" in capsys.readouterr().out
     checkpoint = saved(tmp_path / "out" / "checkpoints" / "epoch=1.ckpt")
     assert checkpoint["global_step"] == 4
+    (receipt,) = [value["receipt"] for name, value in checkpoint["callbacks"].items() if "TeacherUpdate" in name]
+    assert "last with momentum 0.985355," in receipt  # of the cosine from 0.9 to 1
+
+
+def test_a_list_of_bad_files_begins_with_the_run(photos, tmp_path):
+    args = parse(options(photos, tmp_path / "out", 1))
+    (tmp_path / "bad_files.txt").write_text("of another run\tand its reason\n")
+    data = ImageData(str(photos), batch_size=8, workers=0, image_size=36, eval_size=32)
+    trainer(TeacherUpdateCallback(), max_epochs=1, default_root_dir=tmp_path).fit(build(args), data)
+    assert [Path(name).name for name in data.bad_files.names()] == ["text.jpg"]
 
 
 class Slow(Dataset):

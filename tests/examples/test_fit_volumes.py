@@ -7,6 +7,7 @@ import pytest
 import torch
 from bad_files import BadFiles, Readable
 from fit_volumes import Volumes, VolumeViews, build, dense_net, main
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 from volumes import Scans, make_volumes
 
@@ -85,7 +86,10 @@ def damaged(scans, tmp_path):
     (folder / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.nii").touch()
     (folder / "text.nii").write_text("no scan")
-    for name, values in {"nan": np.full((9, 9, 9), np.nan), "several": np.ones((9, 9, 9, 3))}.items():
+    for name, values in {
+        "nan": np.full((9, 9, 9), np.nan),
+        "several": np.random.default_rng(0).normal(size=(9, 9, 9, 3)),
+    }.items():
         nibabel.save(nibabel.Nifti1Image(values.astype(np.float32), np.eye(4)), folder / f"{name}.nii")
     return folder
 
@@ -124,7 +128,7 @@ def test_fewer_scans_than_a_batch_are_an_error(scans, tmp_path):
 
 
 def test_scans_have_no_labels_to_probe(scans):
-    with pytest.raises(ValueError, match="scans have no labels here"):
+    with pytest.raises(MisconfigurationException, match="scans have no labels here"):
         Volumes(str(scans)).knn_dataloaders()
 
 
