@@ -413,7 +413,7 @@ def test_inputs_that_are_no_images_are_a_map_alone(tmp_path):
     module.augment = lambda x: [x, -x]
     data = images(shape=(32,))
     fit(module, ReportCallback(tmp_path, data, data), data=data)
-    assert {file.name for file in tmp_path.iterdir()} == {"report.html", "overview.png", "curves.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {"report.html", "overview.png"}
 
 
 def test_many_classes_need_no_legend(tmp_path):
