@@ -223,7 +223,9 @@ def test_a_stream_trains_and_goes_on(photos, tmp_path):
 
 def test_the_script_takes_a_stream(photos, tmp_path, capsys, monkeypatch):
     written, save = [], WholeCheckpoints.save_checkpoint
-    monkeypatch.setattr(WholeCheckpoints, "save_checkpoint", lambda *args: written.append(args[2]) or save(*args))
+    monkeypatch.setattr(
+        WholeCheckpoints, "save_checkpoint", lambda *args, **kw: written.append(args[2]) or save(*args, **kw)
+    )
     main([*options(photos, tmp_path / "out", 2), "--stream", "2", "--momentum", "0.9"])
     assert [Path(file).name for file in written] == ["epoch=0.ckpt", "epoch=1.ckpt"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -241,7 +243,7 @@ def test_a_list_of_bad_files_begins_with_the_run(photos, tmp_path):
     (tmp_path / "bad_files.txt").write_text("of another run\tand its reason\n")
     data = ImageData(str(photos), batch_size=8, workers=0, image_size=36, eval_size=32)
     trainer(TeacherUpdateCallback(), max_epochs=1, default_root_dir=tmp_path).fit(build(args), data)
-    assert [Path(name).name for name in data.bad_files.names()] == ["text.jpg"]
+    assert data.bad_files.names() == []  # the one of these photos is held out, and nothing has read it
 
 
 class Slow(Dataset):
