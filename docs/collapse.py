@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         spoil(model)
         monitor, probe = CollapseMonitorCallback(every_n_steps=10), KNNProbeCallback(k=10, every_n_epochs=5)
         reference = None if case == "healthy" else args.out / "healthy.json"
-        folder = args.out / "runs" / case
+        folder = Path(tempfile.mkdtemp())
         watching = [monitor, probe, ReportCallback(folder, reference=reference)]
         callbacks: list[Callback] = [FreezeLastLayerCallback(), *watching]
         if case != "left_behind":
@@ -114,11 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         shutil.copy(folder / "overview.png", args.out / f"{case}.png")
         if reference is None:
             shutil.copy(folder / "curves.json", args.out / "healthy.json")
+        shutil.rmtree(folder)
         values = ("loss_per_lnK", "teacher_entropy_per_lnK", "kl", "rankme")
         last = {name: round(monitor.history[-1][name], 4) for name in values}
         said[case] = {"diagnoses": monitor.diagnoses, "knn_top1": round(probe.history[-1]["top1"], 4), **last}
     (args.out / "said.json").write_text(json.dumps(said, indent=2) + "\n")
-    shutil.rmtree(args.out / "runs")
     print(json.dumps(said, indent=2))
 
 
