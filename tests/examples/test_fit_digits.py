@@ -43,7 +43,8 @@ def test_the_run_writes_what_the_readme_says(run):
     assert 0.5 < summary["knn_top1"] <= 1
     assert summary["freeze"].startswith("student.head.last_layer frozen for 5 optimizer steps, bitwise unchanged")
     assert {file.name for file in run.iterdir()} == {
-        "checkpoints", "metrics", "curves.json", "report.html", "overview.png", "neighbours.png", "settings.json", "summary.json",
+        "checkpoints", "metrics", "curves.json", "report.html", "overview.png", "neighbours.png", "settings.json",
+        "summary.json",
     }  # fmt: skip
     assert image.imread(run / "overview.png").shape[0] > 500
     looks, probes = histories(run)
