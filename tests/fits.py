@@ -51,7 +51,9 @@ def _start(rank: int, work: Callable[[Path], Any], folder: Path, processes: int,
     torch.set_num_threads(1)
     torch.save(work(folder), folder / f"result{rank}.pt")
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # else gloo's threads are there at the exit, which sometimes aborts
+        torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # the work is saved; the interpreter's end aborts now and then, where gloo's threads are still there
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
