@@ -162,6 +162,8 @@ def test_the_blocks_of_a_page_run_from_the_first_to_the_last(page, tmp_path, mon
     namespace: dict[str, object] = {"__name__": "page"}
     for code in blocks(page):
         exec(compile(code, page.name, "exec"), namespace)
+        for rule in namespace.get("rules", ()):
+            assert rule.receipt  # it was in a run
 
 
 def test_no_python_block_is_left_out():
