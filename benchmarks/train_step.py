@@ -11,20 +11,16 @@ The backbone alone is what both need: its forward and backward of all views. Ste
 import argparse
 import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_head import DINOLoss, DINOProjectionHead, multicrop_forward
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from backbones import VIT, vit
-from dino_module import DINO
+from dino_head.examples.dino_module import DINO
+from dino_head.vision.backbones import VIT, vit
 
 MOMENTUM = 0.996
 

@@ -8,12 +8,10 @@ The report's is listed by itself: it does not depend on the length of the run.
 import argparse
 import functools
 import statistics
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer, seed_everything
@@ -27,9 +25,7 @@ from dino_head.callbacks import (
     TeacherUpdateCallback,
 )
 from dino_head.callbacks._look import Look
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from fit_digits import Digits, build
+from dino_head.examples.fit_digits import Digits, build
 
 
 def seconds(epochs: int, *callbacks: Any) -> float:

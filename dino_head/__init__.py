@@ -12,6 +12,7 @@ from dino_head.multicrop import multicrop_forward
 from dino_head.optim import parameter_groups
 from dino_head.prototypes import FactoredLogits
 from dino_head.schedules import cosine_schedule
+from dino_head.seeds import derived_seed
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __all__ = [
     "FactoredLogits",
     "ProjectionHead",
     "cosine_schedule",
+    "derived_seed",
     "diagnose",
     "dino_loss",
     "multicrop_forward",

@@ -8,15 +8,10 @@ With --epochs, shorter runs, elsewhere with --out: they only show that everythin
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-
-from dino_module import DINO
-from fit_digits import Digits, build
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import Tensor, nn
 
@@ -27,6 +22,8 @@ from dino_head.callbacks import (
     ReportCallback,
     TeacherUpdateCallback,
 )
+from dino_head.examples.dino_module import DINO
+from dino_head.examples.fit_digits import Digits, build
 
 
 class Constant(nn.Module):

@@ -14,18 +14,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from augment import digit_views
-from dino_module import DINO
-from fit_digits import Digits, Labelled, conv_net, digits
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from run_folder import check_readable
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dino_head import DINOLoss, DINOProjectionHead
 from dino_head.callbacks import FreezeLastLayerCallback, KNNProbeCallback, TeacherUpdateCallback
 from dino_head.checkpoints import load_head
+from dino_head.cli.run_folder import check_readable
+from dino_head.examples.dino_module import DINO
+from dino_head.examples.fit_digits import Digits, Labelled, conv_net, digit_views, digits
 from dino_head.metrics import KNNAccuracy
 
 

@@ -12,13 +12,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from data import derived_seed
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dino_head import DINOLoss, DINOProjectionHead, FactoredLogits, cosine_schedule, multicrop_forward, parameter_groups
+from dino_head import (
+    DINOLoss,
+    DINOProjectionHead,
+    FactoredLogits,
+    cosine_schedule,
+    derived_seed,
+    multicrop_forward,
+    parameter_groups,
+)
 
 
 class DINO(LightningModule):

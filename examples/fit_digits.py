@@ -14,15 +14,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import kornia.augmentation as K
 import lightning
 import torch
-from augment import digit_views
-from data import ResumableLoader
-from dino_module import DINO
 from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.loggers import CSVLogger
-from run_folder import StopAtBatchEnd, WholeCheckpoints, checkpoints, parse_run
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -38,7 +35,11 @@ from dino_head.callbacks import (
     ReportCallback,
     TeacherUpdateCallback,
 )
+from dino_head.cli.run_folder import StopAtBatchEnd, WholeCheckpoints, checkpoints, parse_run
+from dino_head.examples.dino_module import DINO
 from dino_head.metrics import KNNAccuracy
+from dino_head.vision.augment import MultiCrop
+from dino_head.vision.loaders import ResumableLoader
 
 Labelled = tuple[Tensor, Tensor]
 
@@ -78,6 +79,26 @@ class Digits(LightningDataModule):
         """Training images that vote on the held-out ones, for KNNProbeCallback and ReportCallback."""
         train, test = (DataLoader(TensorDataset(*labelled), batch_size=256) for labelled in self.labelled())
         return train, test
+
+
+def digit_views(global_size: int = 16, local_size: int = 8) -> MultiCrop:
+    """Two global and four local views for grey images of digits with values in [0, 1].
+
+    A digit is what it is through its shape: rotated by up to 0.4 rad, cropped and stretched, brighter or darker,
+    noisy; never mirrored.
+    """
+
+    def view(size: int, scale: tuple[float, float]) -> nn.Module:
+        return K.ImageSequential(
+            K.RandomRotation(degrees=math.degrees(0.4), p=1.0),
+            K.RandomResizedCrop((size, size), scale=scale, ratio=(3 / 4, 4 / 3), cropping_mode="resample"),
+            K.RandomContrast(contrast=(0.6, 1.4), clip_output=False, p=1.0),  # gain
+            K.RandomBrightness(brightness=(0.9, 1.1), clip_output=False, p=1.0),  # offset of up to 0.1
+            K.RandomGaussianNoise(std=0.05, p=1.0),
+        )
+
+    large = [view(global_size, (0.6, 1.0)) for _ in range(2)]
+    return MultiCrop(large, view(local_size, (0.3, 0.7)), local_views=4)
 
 
 def conv_net() -> nn.Sequential:

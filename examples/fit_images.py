@@ -17,15 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from augment import dino_views
-from backbones import VIT, check_backbone, vit
-from data import DataWait
-from dino_module import DINO
-from image_data import ImageData, StreamData
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from run_folder import StopAtBatchEnd, WholeCheckpoints, check_same_data, checkpoints, parse_run
 
 from dino_head import DINOLoss, DINOProjectionHead
 from dino_head.callbacks import (
@@ -35,6 +29,12 @@ from dino_head.callbacks import (
     ScheduleCallback,
     TeacherUpdateCallback,
 )
+from dino_head.cli.run_folder import StopAtBatchEnd, WholeCheckpoints, check_same_data, checkpoints, parse_run
+from dino_head.examples.dino_module import DINO
+from dino_head.vision.augment import dino_views
+from dino_head.vision.backbones import VIT, check_backbone, vit
+from dino_head.vision.data_wait import DataWait
+from dino_head.vision.image_data import ImageData, StreamData
 
 
 def pixels(text: str) -> int:

@@ -1,8 +1,9 @@
 """The example's module for ModelParallelStrategy: weights, gradients and optimizer states are divided among GPUs."""
 
-from dino_module import DINO
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from dino_head.examples.dino_module import DINO
 
 
 class ShardedDINO(DINO):

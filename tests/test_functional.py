@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import workers
+from helpers import workers
+from helpers.watch import Watch
 from torch.nn import functional as F
-from watch import Watch
 
 from dino_head import FactoredLogits, dino_loss
 from dino_head.functional import evenly, sinkhorn_center, sum_logits

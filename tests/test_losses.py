@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import workers
+from helpers import workers
 
 from dino_head import DINOLoss, FactoredLogits
 

@@ -3,10 +3,10 @@ import warnings
 
 import pytest
 import torch
-import workers
+from helpers import workers
+from helpers.watch import Watch
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
-from watch import Watch
 
 from dino_head import DINOLoss, FactoredLogits, dino_loss
 from dino_head.metrics import DINOStatistics, KNNAccuracy, RankMe

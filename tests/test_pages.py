@@ -9,7 +9,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from fit_digits import digits, main
 from torch import nn
 
 import dino_head
@@ -17,6 +16,7 @@ import dino_head.callbacks
 from dino_head import DINOProjectionHead
 from dino_head.callbacks import TeacherUpdateCallback
 from dino_head.checkpoints import export_head
+from dino_head.examples.fit_digits import digits, main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

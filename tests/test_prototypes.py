@@ -1,7 +1,7 @@
 import pytest
 import torch
+from helpers.watch import Watch
 from torch.nn import functional as F
-from watch import Watch
 
 from dino_head.prototypes import FactoredLogits, LinearPrototypes, WeightNormPrototypes, weight_norm
 

@@ -5,13 +5,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from helpers.toy import rules, trainer
+from helpers.views import TinyDINO, tiny_dino, view_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from toy import rules, trainer
-from views import TinyDINO, tiny_dino, view_loader
 
 from dino_head import DINOLoss, DINOProjectionHead
 from dino_head.callbacks import CollapseMonitorCallback, TeacherUpdateCallback

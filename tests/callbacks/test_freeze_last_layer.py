@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+from helpers.toy import Manual, Recorder, SaveRank, Toy, adamw, loader, trainer
+from helpers.views import tiny_dino, view_loader
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
@@ -13,8 +15,6 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.multiprocessing import ProcessRaisedException
-from toy import Manual, Recorder, SaveRank, Toy, adamw, loader, trainer
-from views import tiny_dino, view_loader
 
 from dino_head import DINOProjectionHead
 from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback

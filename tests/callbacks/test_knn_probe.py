@@ -4,17 +4,17 @@ import math
 import random
 import re
 
-import fits
 import numpy as np
 import pytest
 import torch
+from helpers import fits
+from helpers.toy import rules, trainer
+from helpers.views import TinyDINO, tiny_dino, view_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
-from toy import rules, trainer
-from views import TinyDINO, tiny_dino, view_loader
 
 from dino_head.callbacks import KNNProbeCallback
 from dino_head.metrics import KNNAccuracy

@@ -2,9 +2,9 @@
 
 import copy
 
-import fits
 import pytest
 import torch
+from helpers import fits
 from torch.multiprocessing import ProcessExitedException
 
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import pytorch_lightning
 import torch
+from helpers.toy import loader
 from lightning_utilities.core.imports import RequirementCache
 from torch import nn
-from toy import loader
 
 from dino_head import DINOLoss, DINOProjectionHead
 from dino_head.callbacks import (

@@ -7,6 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from helpers.toy import rules, trainer
+from helpers.views import TinyDINO, TinyViT, tiny_dino, view_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -14,8 +16,6 @@ from lightning.pytorch.loggers import CSVLogger
 from matplotlib import image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toy import rules, trainer
-from views import TinyDINO, TinyViT, tiny_dino, view_loader
 
 import dino_head.callbacks
 from dino_head import DINOLoss, DINOProjectionHead

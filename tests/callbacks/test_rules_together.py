@@ -7,13 +7,13 @@ import pickle
 
 import pytest
 import torch
+from helpers.toy import Toy, loader, rules, trainer
+from helpers.views import crops, tiny_dino, view_loader
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from toy import Toy, loader, rules, trainer
-from views import crops, tiny_dino, view_loader
 
 from dino_head import DINOLoss
 from dino_head.callbacks import ScheduleCallback, TeacherUpdateCallback

@@ -5,12 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from helpers.toy import Manual, Toy, loader, trainer
+from helpers.views import tiny_dino, view_loader
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from toy import Manual, Toy, loader, trainer
-from views import tiny_dino, view_loader
 
 from dino_head import cosine_schedule
 from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback

@@ -3,13 +3,13 @@ import logging
 
 import pytest
 import torch
+from helpers.toy import Manual, Stateful, Toy, loader, trainer
+from helpers.views import tiny_dino, view_loader
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from toy import Manual, Stateful, Toy, loader, trainer
-from views import tiny_dino, view_loader
 
 from dino_head import cosine_schedule
 from dino_head.callbacks import FreezeLastLayerCallback, TeacherUpdateCallback

@@ -5,12 +5,11 @@ import copy
 import numpy as np
 import pytest
 import torch
-from data import ResumableLoader
+from helpers.toy import Manual, Stateful, Toy, loader, rules
+from helpers.views import tiny_dino, view_loader
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from torch import nn
-from toy import Manual, Stateful, Toy, loader, rules
-from views import tiny_dino, view_loader
 
 from dino_head.callbacks import FreezeLastLayerCallback, TeacherUpdateCallback
 from dino_head.callbacks.testing import (
@@ -18,6 +17,7 @@ from dino_head.callbacks.testing import (
     assert_resume_invariant,
     assert_teacher_follows,
 )
+from dino_head.vision.loaders import ResumableLoader
 
 
 def sgd(parameters):

@@ -3,14 +3,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import continue_digits
-import fit_digits
 import pytest
 import torch
-from continue_digits import DustyDigits, below, build, main
 from safetensors.torch import load_file, save_file
 
 from dino_head.checkpoints import load_head
+from dino_head.examples import continue_digits, fit_digits
+from dino_head.examples.continue_digits import DustyDigits, below, build, main
 
 SCRIPT = Path(continue_digits.__file__)
 

@@ -2,14 +2,14 @@ import copy
 
 import pytest
 import torch
-from dino_module import DINO
+from helpers.toy import trainer
+from helpers.views import TinyDINO, crops, tiny_dino, view_loader
 from torch import nn
 from torch.utils.data import DataLoader
-from toy import trainer
-from views import TinyDINO, crops, tiny_dino, view_loader
 
 from dino_head import FactoredLogits, dino_loss
 from dino_head.callbacks import FreezeLastLayerCallback, TeacherUpdateCallback
+from dino_head.examples.dino_module import DINO
 
 
 def test_a_training_step_is_the_loss_of_the_definition():

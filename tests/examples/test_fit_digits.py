@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from augment import digit_views
-from fit_digits import digits, main, parse
 from matplotlib import image
+
+from dino_head.examples.fit_digits import digit_views, digits, main, parse
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "fit_digits.py"
 TINY = ["--epochs", "2", "--batch-size", "256", "--prototypes", "16"]

@@ -9,23 +9,23 @@ import sys
 import time
 from pathlib import Path
 
-import backbones
-import fit_images
 import numpy as np
 import pytest
 import torch
-from data import DataWait
-from fit_images import build, main, parse
-from image_data import ImageData, StreamData
+from helpers.toy import trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 from PIL import Image
-from run_folder import WholeCheckpoints, fingerprint
 from torch.utils.data import DataLoader, Dataset
-from toy import trainer
 
 from dino_head.callbacks import TeacherUpdateCallback
+from dino_head.cli.run_folder import WholeCheckpoints, fingerprint
+from dino_head.examples import fit_images
+from dino_head.examples.fit_images import build, main, parse
+from dino_head.vision import backbones
+from dino_head.vision.data_wait import DataWait
+from dino_head.vision.image_data import ImageData, StreamData
 
 SCRIPT = Path(fit_images.__file__)
 TINY = ["--size", "tiny", "--prototypes", "64", "--global-size", "32", "--local-size", "16", "--batch-size", "16"]

@@ -5,11 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bad_files import BadFiles, Readable
-from fit_volumes import Volumes, VolumeViews, build, dense_net, main
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
-from volumes import Scans, make_volumes
+
+from dino_head.examples.fit_volumes import Volumes, build, dense_net, main
+from dino_head.vision.files import BadFiles, Readable
+from dino_head.vision.volumes import Scans, VolumeViews, make_volumes
 
 nibabel = pytest.importorskip("nibabel")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*fork.*")

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dino_module import DINO
+from helpers.toy import trainer
 from lightning.pytorch import Callback
 from torch import nn
-from toy import trainer
 
 from dino_head import DINOLoss, DINOProjectionHead
 from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
+from dino_head.examples.dino_module import DINO
 
 FIGURES = np.load(Path(__file__).parents[1] / "reference" / "trajectory_dino.npz")
 CONFIG = json.loads(str(FIGURES["config"]))

@@ -6,10 +6,11 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from bad_files import BadFiles, Readable
-from images import Images, Stream, decode, normalized, open_images, paths
 from PIL import Image
 from torch.utils.data import DataLoader
+
+from dino_head.vision.files import BadFiles, Readable
+from dino_head.vision.images import Images, Stream, decode, normalized, open_images, paths
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*fork.*")
 RED = (250, 10, 10)

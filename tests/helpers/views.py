@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from dino_module import DINO
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dino_head import DINOLoss, DINOProjectionHead
+from dino_head.examples.dino_module import DINO
 
 
 def crops(images: torch.Tensor) -> list[torch.Tensor]:

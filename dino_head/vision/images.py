@@ -9,12 +9,13 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from augment import IMAGENET_MEAN, IMAGENET_STD
-from bad_files import BadFiles, walk
 from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
+
+from dino_head.vision.augment import IMAGENET_MEAN, IMAGENET_STD
+from dino_head.vision.files import BadFiles, walk
 
 SMALLEST = 8  # pixels; smaller ones are tracking pixels and the like
 

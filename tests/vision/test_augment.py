@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from augment import dino_views
 from kornia.augmentation import RandomGaussianBlur
+
+from dino_head.vision.augment import dino_views
 
 N = 2000
 SMALL = {

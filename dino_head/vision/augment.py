@@ -3,7 +3,6 @@
 Sizes: B samples, C channels, H and W pixels.
 """
 
-import math
 from collections.abc import Sequence
 
 import kornia.augmentation as K
@@ -94,23 +93,3 @@ def dino_views(
 
     first, second = view(global_size, global_scale, 1.0), view(global_size, global_scale, 0.1, solarise=0.2)
     return MultiCrop([first, second], view(local_size, local_scale, 0.5), local_views, value_range)
-
-
-def digit_views(global_size: int = 16, local_size: int = 8) -> MultiCrop:
-    """Two global and four local views for grey images of digits with values in [0, 1].
-
-    A digit is what it is through its shape: rotated by up to 0.4 rad, cropped and stretched, brighter or darker,
-    noisy; never mirrored.
-    """
-
-    def view(size: int, scale: tuple[float, float]) -> nn.Module:
-        return K.ImageSequential(
-            K.RandomRotation(degrees=math.degrees(0.4), p=1.0),
-            K.RandomResizedCrop((size, size), scale=scale, ratio=(3 / 4, 4 / 3), cropping_mode="resample"),
-            K.RandomContrast(contrast=(0.6, 1.4), clip_output=False, p=1.0),  # gain
-            K.RandomBrightness(brightness=(0.9, 1.1), clip_output=False, p=1.0),  # offset of up to 0.1
-            K.RandomGaussianNoise(std=0.05, p=1.0),
-        )
-
-    large = [view(global_size, (0.6, 1.0)) for _ in range(2)]
-    return MultiCrop(large, view(local_size, (0.3, 0.7)), local_views=4)

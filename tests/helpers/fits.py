@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cli import main
-from data import ResumableLoader
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -20,8 +18,6 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
-from toy import rules, trainer
-from views import TinyDINO, tiny_dino
 
 from dino_head.callbacks import (
     CollapseMonitorCallback,
@@ -30,6 +26,10 @@ from dino_head.callbacks import (
     ReportCallback,
     TeacherUpdateCallback,
 )
+from dino_head.cli.fit import main
+from dino_head.vision.loaders import ResumableLoader
+from helpers.toy import rules, trainer
+from helpers.views import TinyDINO, tiny_dino
 
 CAN_SHARD = hasattr(torch.cpu.Stream, "record_event")  # fully_shard of older versions of torch needs a GPU
 IMAGES = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(1))

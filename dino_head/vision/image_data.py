@@ -6,11 +6,12 @@ Files that cannot be decoded are left out, counted, and listed in bad_files.txt 
 from typing import Any
 
 import torch
-from bad_files import FileData, Readable
-from data import ResumableLoader, StreamLoader
-from images import Images, Stream, normalized, open_images, paths
-from run_folder import fingerprint
 from torch.utils.data import DataLoader
+
+from dino_head.cli.run_folder import fingerprint
+from dino_head.vision.files import FileData, Readable
+from dino_head.vision.images import Images, Stream, normalized, open_images, paths
+from dino_head.vision.loaders import ResumableLoader, StreamLoader
 
 
 class ImageData(FileData):

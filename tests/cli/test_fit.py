@@ -4,8 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli import main
-from fits import CAN_SHARD, run_recipe, run_trainers
+from helpers.fits import CAN_SHARD, run_recipe, run_trainers
 from PIL import Image
 
 from dino_head.callbacks import (
@@ -15,6 +14,7 @@ from dino_head.callbacks import (
     ScheduleCallback,
     TeacherUpdateCallback,
 )
+from dino_head.cli.fit import main
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 CONFIG = RECIPES / "digits.yaml"

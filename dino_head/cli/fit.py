@@ -5,9 +5,10 @@ python examples/cli.py fit --config examples/recipes/vits16_1gpu.yaml --data.dat
 python examples/cli.py fit --help
 """
 
-from dino_module import DINO
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
+
+from dino_head.examples.dino_module import DINO
 
 DESCRIPTION = (
     "Trains DINO as a YAML file says (fit --config FILE): model, data, Trainer and callbacks. Any value can be given "

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dino_head._convert import arguments_for, check_finite, check_whole, listed, state_for, with_last_layer
-from dino_head._files import Contents, read
-from dino_head._layouts import LAYOUTS, FoundHead, find_heads, parse, select, without_wrappers
+from dino_head.checkpoints._convert import arguments_for, check_finite, check_whole, listed, state_for, with_last_layer
+from dino_head.checkpoints._files import Contents, read
+from dino_head.checkpoints._layouts import LAYOUTS, FoundHead, find_heads, parse, select, without_wrappers
 from dino_head.head import DINOProjectionHead
 
 logger = logging.getLogger("dino_head.checkpoints")
