@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from dino_head.functional import evenly
+from dino_head._indices import spaced_indices
 
 Loaders = tuple[Iterable[Any], Iterable[Any]]
 
@@ -100,7 +100,7 @@ def some_batches(loader: Iterable[Any], max_samples: int, rank: int = 0, world: 
         if batches is not None:
             share = max_samples / max(1, sum(map(len, batches)))
             count = max(1, int(len(batches) * min(1.0, share)))
-            chosen = [batches[index] for index in evenly(len(batches), count)] if batches else []
+            chosen = [batches[index] for index in spaced_indices(len(batches), count)] if batches else []
             yield from _load(loader, chosen[rank::world])  # type: ignore[arg-type]
         else:
             taken = 0

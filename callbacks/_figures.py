@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from dino_head._neighbours import nearest
+from dino_head._indices import spaced_indices
 from dino_head.callbacks._pictures import Maps, Samples, as_colours, principal_components
-from dino_head.functional import evenly
+from dino_head.metrics._neighbours import nearest
 
 History = Sequence[dict[str, float]]
 Curves = dict[str, tuple[list[float], list[float]]]  # steps and values
@@ -111,7 +111,7 @@ def neighbours(train: Samples, test: Samples) -> Figure:
     """A row for each of some held-out images: the image, and its nearest training images."""
     assert train.pictures is not None
     assert test.pictures is not None
-    shown = evenly(len(test.features), min(SHOWN, len(test.features)))
+    shown = spaced_indices(len(test.features), min(SHOWN, len(test.features)))
     similarity, indices = nearest(
         F.normalize(test.features[shown], dim=1),
         F.normalize(train.features, dim=1),

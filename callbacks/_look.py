@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from dino_head.callbacks._access import local_part
 from dino_head.callbacks.teacher_update import TeacherUpdateCallback
-from dino_head.functional import output_dim, stacked
+from dino_head.functional._outputs import as_outputs
 from dino_head.losses import DINOLoss
 from dino_head.metrics import DINOStatistics, RankMe
-from dino_head.prototypes import FactoredLogits
 
 WITHOUT_FLOAT64 = ("mps",)
 MOST_COLUMNS = 512  # of logits, whose rank is taken
@@ -57,28 +56,23 @@ class Look:
         named = given.arguments
         if "teacher_out" not in named or "student_out" not in named:  # a class of the user's own
             return
-        teacher, student = (_on_device(stacked(named[name])) for name in ("teacher_out", "student_out"))
+        teacher, student = (as_outputs(named[name]) for name in ("teacher_out", "student_out"))
+        if teacher.rows.device.type in WITHOUT_FLOAT64:
+            teacher, student = teacher.cpu(), student.cpu()
         teacher_temp = named.get("teacher_temp")
         if teacher_temp is None:
             teacher_temp = loss.temperature(named.get("epoch"))
         temperatures = {"teacher_temp": float(teacher_temp), "student_temp": float(loss.student_temp)}
         self.scheduled |= temperatures
-        stride = -(-output_dim(teacher) // MOST_COLUMNS)
-        embeddings = teacher[..., ::stride] if isinstance(teacher, Tensor) else teacher.z
+        stride = 1 if teacher.prototypes is not None else -(-teacher.output_dim // MOST_COLUMNS)
+        embeddings = teacher.rows[..., ::stride]
         if self.statistics is None or self.rank is None:
-            self.statistics = DINOStatistics(output_dim(teacher)).to(embeddings.device)
+            self.statistics = DINOStatistics(teacher.output_dim).to(embeddings.device)
             self.rank = RankMe(embeddings.shape[-1]).to(embeddings.device)
         center = loss.center_for(teacher, teacher_temp).to(embeddings.device)
         self.statistics.update(teacher, student, center=center, **temperatures)
         if embeddings.shape[-1] == len(self.rank.products):  # a second call may be of another kind
             self.rank.update(embeddings if embeddings.isfinite().all() else embeddings[:0])
-
-
-def _on_device(out: Tensor | FactoredLogits) -> Tensor | FactoredLogits:
-    """Where float64 is to be had: Apple's GPUs have none."""
-    if isinstance(out, Tensor):
-        return out.cpu() if out.device.type in WITHOUT_FLOAT64 else out
-    return FactoredLogits(*(tensor.cpu() for tensor in out)) if out.z.device.type in WITHOUT_FLOAT64 else out
 
 
 def scheduled(trainer: Trainer) -> dict[str, float]:

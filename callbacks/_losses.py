@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from dino_head.callbacks._access import find_submodule
 from dino_head.callbacks._pairs import PAIRS
-from dino_head.functional import stacked
+from dino_head.functional._outputs import as_outputs
 from dino_head.losses import DINOLoss
-from dino_head.prototypes import FactoredLogits
 
 
 class GuardedLosses:
@@ -86,7 +85,8 @@ class GuardedLosses:
 @torch.no_grad()
 def explain(outputs: tuple[Any, Any], sides: tuple[list[nn.Module], list[nn.Module]], center: Tensor | None) -> str:
     """Outputs and modules of (teacher, student) -> which side is not finite, the likely cause and the remedy."""
-    broken = [name for name, out in zip(("teacher", "student"), outputs, strict=True) if not _is_finite(out)]
+    named = zip(("teacher", "student"), map(as_outputs, outputs), strict=True)
+    broken = [name for name, out in named if not out.is_finite()]
     weights = [
         name
         for name, modules in zip(("teacher", "student"), sides, strict=True)
@@ -110,8 +110,3 @@ def explain(outputs: tuple[Any, Any], sides: tuple[list[nn.Module], list[nn.Modu
             f"only the {broken[0]} sees (views, drop path, its own normalisation), or at the precision"
         )
     return "the outputs of both sides are finite: logits over temperature overflow, use a higher temperature"
-
-
-def _is_finite(out: Any) -> bool:
-    out = stacked(out)
-    return all(bool(tensor.isfinite().all()) for tensor in (out if isinstance(out, FactoredLogits) else (out,)))

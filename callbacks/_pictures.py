@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino_head._neighbours import check_finite
 from dino_head.callbacks._features import features_of, some_batches, split
+from dino_head.metrics._neighbours import check_finite
 
 PIXELS = 96  # the longer side of a thumbnail
 WHOLE = 6  # samples whose inputs are kept

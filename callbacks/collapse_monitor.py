@@ -11,12 +11,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from dino_head._arguments import check_integer
-from dino_head._statistics import effective_rank, statistics_of
 from dino_head.callbacks._access import find_submodule
 from dino_head.callbacks._look import Look, Pairs, Weights, known_pairs
 from dino_head.callbacks._pairs import PAIRS
 from dino_head.diagnosis import COLLAPSES, diagnose
 from dino_head.losses import DINOLoss
+from dino_head.metrics.rankme import effective_rank
+from dino_head.metrics.statistics import statistics_of
 
 MOST_LOOKS = 1000  # that are remembered
 
