@@ -48,10 +48,10 @@ def statistics_of(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """What `DINOStatistics.sums` gives, or the sum of several -> what `compute` gives."""
     count = len(sums["wins"])
     values = {name: sums[name] / sums["samples"] for name in ("loss", "teacher_entropy", "student_entropy")}
-    values |= {f"{name}_per_lnK": value / math.log(count) for name, value in values.items()}
+    values |= {f"{name}_normalized": value / math.log(count) for name, value in values.items()}
     values["kl"] = values["loss"] - values["teacher_entropy"]
     values["prototypes_used"] = (sums["wins"] > 0).double().mean()
-    values["prototypes_effective"] = torch.special.entr(sums["assignment"] / sums["rows"]).sum().exp()
+    values["prototype_perplexity"] = torch.special.entr(sums["assignment"] / sums["rows"]).sum().exp()
     values |= {"rows": sums["rows"], "output_dim": torch.tensor(count)}
     return {name: value.float() for name, value in values.items()}
 

@@ -40,7 +40,7 @@ def diagnose(statistics: Mapping[str, SupportsFloat]) -> str | None:
     Returns:
         "<case>: <what is seen>. <What to do>."
 
-    >>> diagnose({"teacher_entropy": 6.23, "teacher_entropy_per_lnK": 0.999, "student_entropy_per_lnK": 1.0})[:15]
+    >>> diagnose({"teacher_entropy": 6.23, "teacher_entropy_normalized": 0.999, "student_entropy_normalized": 1.0})[:15]
     'uniform teacher'
     """
     # A missing value is NaN, and no comparison with it holds.
@@ -68,9 +68,9 @@ def _teacher_stands(seen: Mapping[str, float]) -> str | None:
 
 
 def _one_hot(seen: Mapping[str, float]) -> str | None:
-    if seen["prototypes_effective"] < min(FEW_PROTOTYPES, 0.75 * seen["output_dim"]):
+    if seen["prototype_perplexity"] < min(FEW_PROTOTYPES, 0.75 * seen["output_dim"]):
         return (
-            f"one-hot collapse: all images get the same prototype (effective number {seen['prototypes_effective']:.2f} "
+            f"one-hot collapse: all images get the same prototype (effective number {seen['prototype_perplexity']:.2f} "
             f"of {seen['output_dim']:.0f}, teacher entropy {seen['teacher_entropy']:.3f} nats, KL {seen['kl']:.3f}). "
             "Check that the center moves (center_momentum below 1, the loss in train mode) or use "
             "centering='sinkhorn', raise the teacher temperature (teacher_temp), and go on from a checkpoint of before"
@@ -79,7 +79,7 @@ def _one_hot(seen: Mapping[str, float]) -> str | None:
 
 
 def _uniform(seen: Mapping[str, float]) -> str | None:
-    if seen["teacher_entropy_per_lnK"] > UNIFORM and seen["student_entropy_per_lnK"] > UNIFORM:
+    if seen["teacher_entropy_normalized"] > UNIFORM and seen["student_entropy_normalized"] > UNIFORM:
         images = ""
         if seen["rankme"] < LOW_RANK:
             images = (
@@ -88,10 +88,10 @@ def _uniform(seen: Mapping[str, float]) -> str | None:
             )
         return (
             f"uniform teacher: its entropy is {seen['teacher_entropy']:.4f} nats, "
-            f"{seen['teacher_entropy_per_lnK']:.3f} ln K, and the student agrees, so that the loss stays at ln K and "
-            f"nothing is learnt. {images}Lower the teacher temperature (teacher_temp; the authors begin with 0.04), "
-            "and check that teacher and student are not the same object. In the first epochs it may pass by itself, "
-            "once the learning rate has warmed up"
+            f"{seen['teacher_entropy_normalized']:.3f} ln K, and the student agrees, so that the loss stays at ln K "
+            f"and nothing is learnt. {images}Lower the teacher temperature (teacher_temp; the authors begin with "
+            "0.04), and check that teacher and student are not the same object. In the first epochs it may pass by "
+            "itself, once the learning rate has warmed up"
         )
     return None
 
@@ -119,12 +119,12 @@ def _dead_prototypes(seen: Mapping[str, float]) -> str | None:
 
 
 def _large_k(seen: Mapping[str, float]) -> str | None:
-    is_flat = seen["loss_per_lnK"] > LARGE_LOSS and abs(seen["loss_change"]) < FLAT
+    is_flat = seen["loss_normalized"] > LARGE_LOSS and abs(seen["loss_change"]) < FLAT
     if is_flat and seen["output_dim"] >= LARGE_K:
         return (
-            f"no collapse: the loss of {seen['loss']:.2f} nats is flat at {seen['loss_per_lnK']:.2f} ln K because K = "
-            f"{seen['output_dim']:.0f} is large: {seen['teacher_entropy']:.2f} of it are the teacher's own entropy, "
-            f"which no student can lower, and {seen['kl']:.2f} are KL, in which it learns. Watch KL and kNN; a lower "
-            "teacher temperature or fewer prototypes lower the entropy"
+            f"no collapse: the loss of {seen['loss']:.2f} nats is flat at {seen['loss_normalized']:.2f} ln K because "
+            f"K = {seen['output_dim']:.0f} is large: {seen['teacher_entropy']:.2f} of it are the teacher's own "
+            f"entropy, which no student can lower, and {seen['kl']:.2f} are KL, in which it learns. Watch KL and kNN; "
+            "a lower teacher temperature or fewer prototypes lower the entropy"
         )
     return None

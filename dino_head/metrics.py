@@ -39,10 +39,11 @@ class DINOStatistics(_Plotted):
     The entropy is what the student cannot take away; it is at most ln K, a uniform teacher's. `compute` gives a dict of
     scalars:
 
-    - `loss`, `teacher_entropy`, `student_entropy` in nats, each also divided by ln K (`..._per_lnK`), and `kl` in nats;
+    - `loss`, `teacher_entropy`, `student_entropy` in nats, each also divided by ln K (`..._normalized`), and
+      `kl` in nats;
     - `prototypes_used`: the share of the prototypes that win (argmax) for at least one of the teacher's rows. Of n rows
       it cannot be more than n / K;
-    - `prototypes_effective`: their effective number, exp of the entropy of the mean of p_t, between 1 and K;
+    - `prototype_perplexity`: their effective number, exp of the entropy of the mean of p_t, between 1 and K;
     - `rows`, how many of the teacher's rows it is about, and `output_dim`, K.
 
     Sums over samples and processes are its state, so that it does not depend on how they are divided.
@@ -59,7 +60,7 @@ class DINOStatistics(_Plotted):
     >>> statistics = DINOStatistics(output_dim=16)
     >>> statistics.update(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16))  # uniform on both sides
     >>> values = statistics.compute()
-    >>> values["teacher_entropy"], values["teacher_entropy_per_lnK"], values["kl"]
+    >>> values["teacher_entropy"], values["teacher_entropy_normalized"], values["kl"]
     (tensor(2.7726), tensor(1.0000), tensor(0.))
     """
 
