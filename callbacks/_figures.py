@@ -146,13 +146,13 @@ def patches(images: Tensor, maps: Maps) -> Figure:
 
 def _loss(axis: Axes, looks: History, reference: Curves) -> None:
     steps, loss, entropy = (_column(looks, name) for name in ("step", "loss", "teacher_entropy"))
-    limit = next((look["loss"] / look["loss_per_lnK"] for look in looks if look["loss_per_lnK"] > 0), math.nan)
+    limit = next((look["loss"] / look["loss_normalized"] for look in looks if look["loss_normalized"] > 0), math.nan)
     axis.fill_between(steps, entropy, color="tab:blue", alpha=0.25, linewidth=0, label="teacher entropy")
     axis.fill_between(steps, entropy, loss, color="tab:orange", alpha=0.4, linewidth=0, label="KL")
     axis.plot(steps, loss, color="black", linewidth=1.2, label="loss", **_marker(steps))
     for name, label, colour in (
-        ("loss_per_lnK", "reference: loss", "black"),
-        ("teacher_entropy_per_lnK", "reference: teacher entropy", "tab:blue"),
+        ("loss_normalized", "reference: loss", "black"),
+        ("teacher_entropy_normalized", "reference: teacher entropy", "tab:blue"),
     ):
         if name in reference:
             x, shares = reference[name]

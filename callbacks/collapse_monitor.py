@@ -30,7 +30,7 @@ class CollapseMonitorCallback(Callback):
     there for that batch alone, and logs `dino/...`: the values of `DINOStatistics`, and as `dino/rankme` the effective
     rank (`RankMe`) of the teacher's embeddings in that batch (z of FactoredLogits; of logits, at most 512 columns
     spread evenly). Both are taken over all processes, prototype usage over the last `patience` looks. Loggers get the
-    values at once, the progress bar shows `dino/loss_per_lnK`, and ModelCheckpoint and EarlyStopping may monitor any
+    values at once, the progress bar shows `dino/loss_normalized`, and ModelCheckpoint and EarlyStopping may monitor any
     (`dino/rankme` with mode="max" where there are no labels): they see those of the last look.
 
     From the averages of the last `patience` looks (the rank being that of all their embeddings) `diagnose` is asked
@@ -90,7 +90,7 @@ class CollapseMonitorCallback(Callback):
         cases = ", ".join(text.split(":")[0] for text in self.diagnoses)
         return (
             f"looked at {self._looks} of {self._batches} batches, last with loss {last['loss']:.3f} = "
-            f"{last['loss_per_lnK']:.3f} ln K, of which {last['kl']:.3f} KL, and RankMe {last['rankme']:.1f}; "
+            f"{last['loss_normalized']:.3f} ln K, of which {last['kl']:.3f} KL, and RankMe {last['rankme']:.1f}; "
             f"diagnosis: {cases or ('none' if self.has_judged else 'too early')}"
         )
 
@@ -145,7 +145,7 @@ class CollapseMonitorCallback(Callback):
         self._recent.append(look.gather())
         averages = {**_values(_total(self._recent)), **self._changes(trainer, look)}
         values = _values(self._recent[-1])
-        values |= {name: averages[name] for name in ("prototypes_used", "prototypes_effective")}
+        values |= {name: averages[name] for name in ("prototypes_used", "prototype_perplexity")}
         del values["rows"], values["output_dim"]
         self._log(trainer, pl_module, {f"dino/{name}": value for name, value in values.items()})
         moment = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
@@ -217,7 +217,7 @@ class CollapseMonitorCallback(Callback):
         # Directly, as Lightning would send them to the loggers with its next line, and with each one after it.
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        in_bar = "dino/loss_per_lnK"
+        in_bar = "dino/loss_normalized"
         for name, value in values.items():
             pl_module.log(name, value, logger=False, on_step=True, on_epoch=False, prog_bar=name == in_bar)
 

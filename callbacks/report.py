@@ -233,7 +233,7 @@ def stretched(reference: dict[str, Any], curves: dict[str, Any]) -> dict[str, tu
     scale = curves["steps"] / steps if math.isfinite(curves["steps"]) and math.isfinite(steps) else 1.0
     return {
         name: ([row["step"] * scale for row in rows], [row[name] for row in rows])
-        for name, rows in (("loss_per_lnK", looks), ("teacher_entropy_per_lnK", looks), ("top1", probes))
+        for name, rows in (("loss_normalized", looks), ("teacher_entropy_normalized", looks), ("top1", probes))
     }
 
 
@@ -274,11 +274,11 @@ def _numbers(looks: list[dict[str, float]], probes: list[dict[str, float]]) -> d
     numbers = {}
     for look in looks[-1:]:
         numbers["loss, nats"] = f"{look['loss']:.3f}"
-        numbers["loss / ln K"] = f"{look['loss_per_lnK']:.3f}"
+        numbers["loss, normalized"] = f"{look['loss_normalized']:.3f}"
         numbers["teacher entropy"] = f"{look['teacher_entropy']:.3f}"
         numbers["KL"] = f"{look['kl']:.3f}"
         numbers["RankMe"] = f"{look['rankme']:.1f}"
-        numbers["prototypes, effective"] = f"{look['prototypes_effective']:.1f}"
+        numbers["prototype perplexity"] = f"{look['prototype_perplexity']:.1f}"
     for probe in probes[-1:]:
         numbers["kNN top-1"] = f"{100 * probe['top1']:.2f}%"
     return numbers
