@@ -339,7 +339,9 @@ def test_without_known_pairs_it_warns_that_it_cannot_check_the_teacher():
         modules = module._modules
         modules["net"], modules["average"] = modules.pop("student"), modules.pop("teacher")
         monitor = CollapseMonitorCallback(2, patience=3, pairs=pairs)
-        with pytest.warns(UserWarning, match="teacher does not follow" if reported else "cannot check whether the teacher"):
+        with pytest.warns(
+            UserWarning, match="teacher does not follow" if reported else "cannot check whether the teacher"
+        ):
             fit(module, monitor, data=view_loader(8, 16))
         assert any(text.startswith("teacher does not follow") for text in monitor.diagnoses) == reported
     with pytest.raises(MisconfigurationException, match="has no submodule 'ema'"):

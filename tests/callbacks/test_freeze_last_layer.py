@@ -1,4 +1,4 @@
-"""Runs of a real Trainer: 3 epochs of 4 batches, the last layer frozen for 2 epochs unless said otherwise."""
+"""Runs of a real Trainer: 3 epochs of 4 batches, the last layer frozen for 2 epochs unless noted."""
 
 import copy
 import logging
@@ -171,7 +171,7 @@ def test_accumulation_with_a_partial_last_window(accumulate):
 
 
 def test_the_clip_norm_excludes_the_frozen_layer():
-    """Clipped by norm, a student whose frozen layer has enormous gradients steps as if the layer were not there."""
+    """Clipped by norm, a student with huge gradients in its frozen layer steps as it would without the layer."""
 
     class Scale(Callback):
         factor = 1.0
@@ -223,7 +223,9 @@ def test_gradients_of_a_plain_backward_are_cancelled_late_with_one_warning():
 
 
 def test_plain_backward_with_a_raw_optimizer_raises():
-    with pytest.raises(MisconfigurationException, match=r"student.head.last_layer changed while .* raw torch optimizer"):
+    with pytest.raises(
+        MisconfigurationException, match=r"student.head.last_layer changed while .* raw torch optimizer"
+    ):
         fit(Manual("torch", "torch"), FreezeLastLayerCallback())
 
 

@@ -242,7 +242,9 @@ class Stream(IterableDataset):
 )
 def test_a_probe_that_cannot_run_warns_once_and_training_continues(options, message):
     watch = probe(**options)
-    with pytest.warns(UserWarning, match=f"knn/top1 has no value in epoch 0, and training continues: {message}") as given:
+    with pytest.warns(
+        UserWarning, match=f"knn/top1 has no value in epoch 0, and training continues: {message}"
+    ) as given:
         run = fit(seeded(), watch)
     assert len([w for w in given if "knn/top1" in str(w.message)]) == 1
     assert run.global_step == 12

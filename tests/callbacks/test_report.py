@@ -339,7 +339,7 @@ def test_maps_are_the_tokens_components_and_the_class_tokens_attention():
     first = torch.linalg.svd(found.reshape(24, 16) - found.reshape(24, 16).mean(dim=0))[2][0]
     along = (found.reshape(24, 16) - found.reshape(24, 16).mean(dim=0)) @ first
     correlation = torch.corrcoef(torch.stack([along, colours[..., 0].flatten()]))[0, 1].abs()
-    assert correlation > 0.98  # but for the outermost percent, which is cut off
+    assert correlation > 0.98  # the outermost percent is cut off
 
 
 @pytest.mark.parametrize(("height", "width", "extra"), [(8, 8, 1), (8, 16, 1), (24, 24, 5), (16, 8, 0)])
@@ -503,7 +503,7 @@ def test_a_fast_dev_run_writes_nothing(tmp_path):
     fit(seeded(), *watching(tmp_path), max_epochs=1)
     assert {file.name for file in tmp_path.iterdir()} == WATCHED
     before = (tmp_path / "report.html").read_bytes()
-    fit(seeded(), *watching(tmp_path), fast_dev_run=True)  # to try a change, beside a finished run
+    fit(seeded(), *watching(tmp_path), fast_dev_run=True)  # beside a finished run
     assert (tmp_path / "report.html").read_bytes() == before
 
 
@@ -515,7 +515,8 @@ def test_a_missing_module_raises_when_training_starts(tmp_path):
 def curves(steps=100):
     """Curves of a good run, as a report writes them."""
     looks = [
-        {"step": float(step), "loss_normalized": 1 - step / 200, "teacher_entropy_normalized": 0.5} for step in (0, 50, 100)
+        {"step": float(step), "loss_normalized": 1 - step / 200, "teacher_entropy_normalized": 0.5}
+        for step in (0, 50, 100)
     ]
     return {"steps": steps, "looks": looks, "probes": [{"step": 50.0, "top1": 0.25}, {"step": 100.0, "top1": 0.75}]}
 
@@ -537,7 +538,7 @@ def test_a_report_draws_the_curves_of_another_run(tmp_path, monkeypatch):
     knn = [line.get_xydata() for line in quality.lines if line.is_dashed()]
     np.testing.assert_allclose(knn, [[[steps / 2, 25], [steps, 75]]])
     assert "Dashed: the reference" in (tmp_path / "one" / "report.html").read_text()
-    fit(seeded(), *watching(tmp_path / "other", reference=tmp_path / "one" / "curves.json"))  # the curves of a report as a reference
+    fit(seeded(), *watching(tmp_path / "other", reference=tmp_path / "one" / "curves.json"))
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "[1]", '{"steps": 1, "looks": [{}], "probes": []}'])

@@ -105,7 +105,7 @@ def test_the_order_of_the_callbacks_does_not_matter(case):
 
 @pytest.mark.parametrize("optimizer_steps", [3, 2.5])
 def test_accumulated_micro_batches_equal_one_batch(case, optimizer_steps):
-    """4 x a quarter; in a partial last window Lightning still divides by 4, as if the loss were scaled by n / 4."""
+    """Four quarters equal a whole; Lightning divides a partial window by 4, as if its loss were scaled by n / 4."""
     make, data = case
 
     class Scaled(make().__class__):
@@ -414,7 +414,7 @@ def test_gradient_checkpointing_in_the_backbone(case):
 
 
 def test_sync_batch_norm_in_one_process():
-    """Converted as `sync_batchnorm=True` does it under DDP; with more than one process it needs a GPU."""
+    """Converted as by `sync_batchnorm=True` under DDP; with more than one process it needs a GPU."""
     modules = []
     for convert in (lambda module: module, nn.SyncBatchNorm.convert_sync_batchnorm):
         torch.manual_seed(0)

@@ -117,7 +117,7 @@ def test_a_run_resumed_between_a_step_and_its_update_does_the_update(tmp_path):
 
 @pytest.mark.parametrize("early", [False, True])
 def test_a_loader_that_lightning_did_not_restore_raises(early, tmp_path):
-    """Lightning does not where the data were used before the checkpoint was restored."""
+    """Lightning does not restore it if the data were used before the checkpoint was loaded."""
 
     class EarlyLength(Toy):
         def configure_optimizers(self):
@@ -137,7 +137,9 @@ def test_a_loader_that_lightning_did_not_restore_raises(early, tmp_path):
 
     uninterrupted = run()
     if early:
-        with pytest.raises(MisconfigurationException, match="estimated_stepping_batches in configure_optimizers. Read it"):
+        with pytest.raises(
+            MisconfigurationException, match=r"estimated_stepping_batches in configure_optimizers\. Read it"
+        ):
             run(ckpt_path=tmp_path / "step=6.ckpt")
     else:
         resumed = run(ckpt_path=tmp_path / "step=6.ckpt")

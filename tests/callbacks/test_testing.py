@@ -83,7 +83,9 @@ def test_a_center_without_the_callback_is_found():
 
 
 def test_batch_norm_is_named():
-    with pytest.raises(AssertionError, match=r"batch norm \(student.head.layers.1, .* Otherwise something is updated once"):
+    with pytest.raises(
+        AssertionError, match=r"batch norm \(student.head.layers.1, .* Otherwise something is updated once"
+    ):
         assert_accumulation_invariant(lambda: (Toy(batch_norm=True), loader(), rules()), parts=2)
 
 
@@ -163,7 +165,7 @@ def test_an_ordinary_shuffle_is_found():
 
 
 def test_random_views_without_a_derived_seed_are_found(monkeypatch):
-    monkeypatch.setattr("dino_module.derived_seed", lambda *key: torch.initial_seed())
+    monkeypatch.setattr("dino_head.examples.dino_module.derived_seed", lambda *key: torch.initial_seed())
     with pytest.raises(AssertionError, match="differ at the end"):
         assert_resume_invariant(random_example, mid_epoch=False)
 
