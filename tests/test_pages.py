@@ -87,7 +87,7 @@ def test_the_three_watch_and_write_a_page(mine, capsys, tmp_path):
     names = set(re.findall(r"`((?:dino|knn)/\w+)`", README))
     assert len(names) == 8
     assert [name for name in names if name not in printed] == []
-    assert "Too early to tell: a diagnosis needs 10 looks." in (tmp_path / "runs" / "mine" / "report.html").read_text()
+    assert "a diagnosis needs 10 measurements." in (tmp_path / "runs" / "mine" / "report.html").read_text()
 
 
 def test_the_metrics_without_lightning(mine, capsys):
