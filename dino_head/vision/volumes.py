@@ -39,7 +39,7 @@ def read_volume(path: str, size: int) -> Tensor:
         low, high = np.percentile(voxels, (1, 99)).tolist()
     if low == high:
         low, high = float(voxels.min()), float(voxels.max())
-    if not high - low <= np.finfo(np.float32).max:
+    if not high - low <= float(np.finfo(np.float32).max):
         raise ValueError(f"volume with values from {low} to {high}, expected a finite range: replace NaN and infinity")
     volume = torch.from_numpy(np.ascontiguousarray(voxels)).reshape(1, 1, *voxels.shape[:3])
     volume = ((volume - low) / ((high - low) or 1.0)).clamp(0, 1)
