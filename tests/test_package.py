@@ -15,7 +15,11 @@ import yaml
 import dino_head
 
 ROOT = Path(__file__).parents[1]
-ROOMS = {"dino_head": ROOT / "dino_head", "dino_head.callbacks": ROOT / "callbacks", "dino_head.examples": ROOT / "examples"}
+ROOMS = {
+    "dino_head": ROOT / "dino_head",
+    "dino_head.callbacks": ROOT / "callbacks",
+    "dino_head.examples": ROOT / "examples",
+}
 LINKS = [ROOT / "dino_head" / name for name in ("callbacks", "examples")]
 # Of each file below the rooms, its path when installed and its path in the checkout, with and without symlinks.
 FILES = {
@@ -38,7 +42,10 @@ def run_python(code: str, folder: Path = ROOT) -> list[str]:
 def test_importing_the_library_loads_no_lightning_no_torchmetrics_and_no_kornia():
     """The metrics, which load one of the three, show that the check can fail."""
     heavy = 'print(sorted({"lightning", "pytorch_lightning", "torchmetrics", "kornia"} & {*sys.modules}))'
-    assert run_python(f"import sys, dino_head\n{heavy}\nimport dino_head.metrics\n{heavy}") == ["[]", "['torchmetrics']"]
+    assert run_python(f"import sys, dino_head\n{heavy}\nimport dino_head.metrics\n{heavy}") == [
+        "[]",
+        "['torchmetrics']",
+    ]
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -79,7 +86,14 @@ MODULES = {path: file.read_text(encoding="utf-8") for path, file in FILES.items(
 
 
 def test_imports_between_the_rooms_run_one_way():
-    assert {path.split("/")[1] for path in MODULES} >= {"head.py", "checkpoints", "vision", "callbacks", "cli", "examples"}
+    assert {path.split("/")[1] for path in MODULES} >= {
+        "head.py",
+        "checkpoints",
+        "vision",
+        "callbacks",
+        "cli",
+        "examples",
+    }
     found = {path: against_the_arrows(path, source) for path, source in MODULES.items()}
     assert {path: names for path, names in found.items() if names} == {}
 
@@ -190,7 +204,11 @@ def sources_of(wheel):
 def test_the_wheel_of_a_checkout_without_symlinks_holds_every_file_of_the_rooms(wheel):
     """So nothing is missing in the list of packages, and there is no top-level `callbacks` or `examples`."""
     expected = {name for name in FILES if is_source(name)}
-    assert {"dino_head/callbacks/schedule.py", "dino_head/examples/recipes/digits.yaml", "dino_head/py.typed"} < expected
+    assert {
+        "dino_head/callbacks/schedule.py",
+        "dino_head/examples/recipes/digits.yaml",
+        "dino_head/py.typed",
+    } < expected
     assert sources_of(wheel) == expected
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.watch import Watch
+from helpers.operations import Watch
 from torch.nn import functional as F
 
 from dino_head.prototypes import FactoredLogits, LinearPrototypes, WeightNormPrototypes, weight_norm
