@@ -144,8 +144,8 @@ def test_values_reach_loggers_checkpoints_and_the_bar(tmp_path):
     assert [float(row["dino/rankme"]) for row in rows] == pytest.approx([look["rankme"] for look in monitor.history])
     last_of_epochs = [look["rankme"] for look in monitor.history[1::2]]
     assert best.best_model_score.item() == pytest.approx(max(last_of_epochs))
-    assert run.progress_bar_metrics.keys() >= {"loss", "dino/loss_per_lnK"}
-    assert [name for name in run.progress_bar_metrics if name.startswith("dino/")] == ["dino/loss_per_lnK"]
+    assert run.progress_bar_metrics.keys() >= {"loss", "dino/loss_normalized"}
+    assert [name for name in run.progress_bar_metrics if name.startswith("dino/")] == ["dino/loss_normalized"]
     saved = torch.load(best.best_model_path, weights_only=True)["callbacks"]["CollapseMonitorCallback"]
     assert saved["history"] == monitor.history[: len(saved["history"])]
     assert saved["receipt"].startswith("looked at ")
@@ -209,7 +209,7 @@ def test_a_resumed_run_goes_on_with_its_history(tmp_path):
     run.fit(seeded(), view_loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
     assert [look["step"] for look in second.history] == [1, 4, 7, 10]
     for one, other in zip(whole.history, second.history, strict=True):
-        usage = {"prototypes_used", "prototypes_effective"}  # of the looks since it went on
+        usage = {"prototypes_used", "prototype_perplexity"}  # of the looks since it went on
         assert {name: one[name] for name in one if name not in usage} == pytest.approx(
             {name: other[name] for name in other if name not in usage}
         )

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
+from dino_head.callbacks._figures import overview
 from helpers.toy import rules, trainer
 from helpers.views import TinyDINO, TinyViT, tiny_dino, view_loader
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -22,7 +23,6 @@ from dino_head import DINOLoss, DINOProjectionHead
 from dino_head.callbacks import CollapseMonitorCallback, KNNProbeCallback, ReportCallback
 from dino_head.callbacks import _figures as figures
 from dino_head.callbacks import _pictures as pictures
-from dino_head.callbacks._figures import overview
 from dino_head.callbacks.report import stretched
 
 FILES = {"report.html", "overview.png", "neighbours.png"}
@@ -83,11 +83,11 @@ def test_the_page_shows_what_the_others_have_seen(tmp_path):
     last = monitor.history[-1]
     assert dict(zip(page.texts["dt"], page.texts["dd"], strict=True)) == {
         "loss, nats": f"{last['loss']:.3f}",
-        "loss / ln K": f"{last['loss_per_lnK']:.3f}",
+        "loss, normalized": f"{last['loss_normalized']:.3f}",
         "teacher entropy": f"{last['teacher_entropy']:.3f}",
         "KL": f"{last['kl']:.3f}",
         "RankMe": f"{last['rankme']:.1f}",
-        "prototypes, effective": f"{last['prototypes_effective']:.1f}",
+        "prototype perplexity": f"{last['prototype_perplexity']:.1f}",
         "kNN top-1": f"{100 * probe.history[-1]['top1']:.2f}%",
     }
     assert page.texts["h2"] == ["Diagnosis", "Course of the run", "Nearest neighbours", "Receipts of the callbacks"]
@@ -516,7 +516,8 @@ def test_a_module_that_is_not_there_is_said_when_training_starts(tmp_path):
 def curves(steps=100):
     """Of a run that went well, as a report writes them."""
     looks = [
-        {"step": float(step), "loss_per_lnK": 1 - step / 200, "teacher_entropy_per_lnK": 0.5} for step in (0, 50, 100)
+        {"step": float(step), "loss_normalized": 1 - step / 200, "teacher_entropy_normalized": 0.5}
+        for step in (0, 50, 100)
     ]
     return {"steps": steps, "looks": looks, "probes": [{"step": 50.0, "top1": 0.25}, {"step": 100.0, "top1": 0.75}]}
 
@@ -551,5 +552,5 @@ def test_a_reference_that_is_none_is_said(text, tmp_path):
 
 
 def test_a_run_without_an_end_is_laid_over_step_by_step():
-    assert stretched(curves(), {"steps": float("inf")})["loss_per_lnK"][0] == [0, 50, 100]
+    assert stretched(curves(), {"steps": float("inf")})["loss_normalized"][0] == [0, 50, 100]
     assert stretched(curves(), {"steps": 1000})["top1"] == ([500, 1000], [0.25, 0.75])
