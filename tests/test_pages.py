@@ -19,9 +19,10 @@ from dino_head.checkpoints import export_head
 from dino_head.examples.fit_digits import digits, main
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+START, WATCHING = (ROOT / "docs" / f"{name}.md" for name in ("start", "watching"))
 SITE = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *SITE]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *SITE]
 
 
 def blocks(page):
@@ -29,42 +30,53 @@ def blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-# Pages whose blocks need something to be there first have tests of their own; README.md's are run one by one.
-ALONE = [page for page in SITE if blocks(page) and page.stem not in {"weights", "guarantees"}]
-ON_README = {"README.md": 6, "guarantees.md": 1}  # and how many there are
+# The blocks of these pages build on the module of start.md and run one by one. How many there are:
+ON_START = {"start.md": 3, "watching.md": 2, "guarantees.md": 1}
+# The other pages run from the first block to the last, weights.md in a test of its own.
+ALONE = [page for page in (README, *SITE) if blocks(page) and page.name not in {"weights.md", *ON_START}]
 
 
 def block(text):
-    """The code of the one block that holds the text, of those that stand on README.md's module."""
-    code = [code for page in PAGES if page.name in ON_README for code in blocks(page)]
+    """The code of the one block that contains the text, of the blocks that build on start.md's module."""
+    code = [code for page in PAGES if page.name in ON_START for code in blocks(page)]
     (found,) = [code for code in code if text in code]
-    return compile(found, "README.md", "exec")
+    return compile(found, "start.md", "exec")
 
 
 @pytest.fixture
 def mine(tmp_path, monkeypatch, capsys):
-    """What the block with the module leaves behind."""
+    """The namespace of start.md after the block with the module."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    namespace = {"__name__": "readme"}
+    namespace = {"__name__": "start"}
     exec(block("class Mine"), namespace)
     return namespace
 
 
-def test_the_twenty_lines_run_and_print_what_the_readme_says(mine, capsys):
-    printed = capsys.readouterr().out.strip().splitlines()[-1]  # behind the progress bar
+def test_the_module_of_the_start_page_prints_the_receipt_on_it(mine, capsys):
+    printed = capsys.readouterr().out.strip().splitlines()[-1]  # after the progress bar
     assert printed.startswith("student.head.last_layer frozen for 4 optimizer steps, bitwise unchanged")
-    assert f"It prints `{printed}`." in README.replace("\n", " ")
+    assert f"It prints `{printed}`." in START.read_text()
 
 
-def test_the_receipts_are_those_of_the_readme(mine, capsys):
+def test_the_rules_of_the_start_page_print_the_receipts_on_it(mine, capsys):
     capsys.readouterr()
     exec(block("rules = ["), mine)
     printed = capsys.readouterr().out.strip().splitlines()[-4:]
-    assert "\n".join(printed) in README
+    assert "\n".join(printed) in START.read_text()
 
 
-def test_a_rate_of_its_own_for_the_last_layer(mine):
+def test_the_module_of_the_readme_prints_its_receipts(capsys):
+    torch.manual_seed(0)
+    (code,) = blocks(README)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    *rules, watching = capsys.readouterr().out.strip().splitlines()[-3:]
+    page = README.read_text()
+    assert "\n".join(rules) in page
+    assert watching.split(", last")[0] in page  # the values after it depend on the machine
+
+
+def test_the_last_layer_has_a_learning_rate_of_its_own(mine):
     exec(block("import parameter_groups"), mine)
     rates = {id(p): group["lr"] for group in mine["optimizer"].param_groups for p in group["params"]}
     assert rates.pop(id(mine["head"].last_layer.weight_v)) == 1e-4
@@ -72,7 +84,7 @@ def test_a_rate_of_its_own_for_the_last_layer(mine):
     assert len(rates) == sum(p.requires_grad for p in mine["student"].parameters()) - 1
 
 
-def test_the_checks_say_what_the_readme_says(mine, capsys):
+def test_the_checks_of_the_guarantees_name_batch_norm_and_randomness(mine, capsys):
     exec(block("def make():"), mine | {"TeacherUpdateCallback": TeacherUpdateCallback})
     printed = capsys.readouterr().out
     assert "one batch and 4 accumulated micro-batches differ at the end" in printed
@@ -80,12 +92,12 @@ def test_the_checks_say_what_the_readme_says(mine, capsys):
     assert "an uninterrupted run and one resumed at an epoch's end differ at the end" in printed
 
 
-def test_the_three_watch_and_write_a_page(mine, capsys, tmp_path):
+def test_the_watching_callbacks_log_each_value_and_write_a_report(mine, capsys, tmp_path):
     exec(block("watching = ["), mine)
     printed = capsys.readouterr().out
     assert json.loads((tmp_path / "runs" / "mine" / "curves.json").read_text())["looks"]
-    names = set(re.findall(r"`((?:dino|knn)/\w+)`", README))
-    assert len(names) == 8
+    names = set(re.findall(r"`((?:dino|knn)/\w+)`", WATCHING.read_text()))
+    assert len(names) == 11
     assert [name for name in names if name not in printed] == []
     assert "Too early to tell: a diagnosis needs 10 looks." in (tmp_path / "runs" / "mine" / "report.html").read_text()
 
@@ -97,13 +109,6 @@ def test_the_metrics_without_lightning(mine, capsys):
     diagnosis, accuracy = capsys.readouterr().out.strip().splitlines()
     assert diagnosis == "None"
     assert accuracy.startswith("tensor(0.")
-
-
-def test_a_head_out_of_a_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    digits_run()
-    exec(block("import export_head"), {})
-    assert torch.load("runs/head.pth", weights_only=True)["last_layer.weight_v"].shape == (16, 64)
 
 
 def digits_run():
@@ -166,9 +171,9 @@ def test_the_blocks_of_a_page_run_from_the_first_to_the_last(page, tmp_path, mon
             assert rule.receipt  # it was in a run
 
 
-def test_no_python_block_is_left_out():
-    assert {page.name: len(blocks(page)) for page in PAGES if page.name in ON_README} == ON_README
-    run = {*ALONE, *(page for page in PAGES if page.name in {*ON_README, "weights.md"})}
+def test_every_python_block_runs():
+    assert {page.name: len(blocks(page)) for page in PAGES if page.name in ON_START} == ON_START
+    run = {*ALONE, *(page for page in PAGES if page.name in {*ON_START, "weights.md"})}
     assert [page for page in PAGES if blocks(page) and page not in run] == []
     assert [
         page for page in PAGES if re.search(r"^ *(```|~~~) *(py|pycon|python3|Python)\n", page.read_text(), re.M)

@@ -22,7 +22,7 @@ def check_whole(tensors: Mapping[str, object], remedy: str) -> None:
         if not isinstance(tensor, Tensor) or type(tensor) not in (Tensor, nn.Parameter):
             kind = f"a {type(tensor).__name__}"
         elif tensor.layout is not torch.strided or tensor.is_nested:
-            kind = f"a nested tensor or one of layout {tensor.layout}"
+            kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
         elif tensor.is_meta:
             kind = "a tensor without memory (on the meta device)"
         else:
