@@ -248,7 +248,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 class _Record:
     """What was observed in one freeze; saved in the checkpoint."""
 
-    since: int  # global step at which it began
+    since: int = 0  # global step at which it began
     cancelled: bool = False  # whether there was ever a gradient to cancel
     compared_at: int = 0  # global step of the last comparison of values
     receipt: str | None = None
@@ -261,7 +261,7 @@ class _Freeze:
     name: str
     head: DINOProjectionHead | None  # if the limit is the head's own
     parameters: list[nn.Parameter]  # that can be trained
-    record: _Record = field(default_factory=lambda: _Record(since=0))
+    record: _Record = field(default_factory=_Record)
     before: dict[str, Tensor] = field(default_factory=dict)  # this process's values when this fit began
     copied_at: int = 0  # global step of those values
     steps_of_this_fit: int = 0

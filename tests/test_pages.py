@@ -99,7 +99,7 @@ def test_the_watching_callbacks_log_each_value_and_write_a_report(mine, capsys, 
     names = set(re.findall(r"`((?:dino|knn)/\w+)`", WATCHING.read_text()))
     assert len(names) == 11
     assert [name for name in names if name not in printed] == []
-    assert "Too early to tell: a diagnosis needs 10 looks." in (tmp_path / "runs" / "mine" / "report.html").read_text()
+    assert "a diagnosis needs 10 measurements." in (tmp_path / "runs" / "mine" / "report.html").read_text()
 
 
 def test_the_metrics_without_lightning(mine, capsys):

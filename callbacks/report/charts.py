@@ -95,7 +95,7 @@ def overview(measurements: History, probes: History, test: Samples | None, refer
     if measurements:
         panels.append(lambda figure, spec: _schedules(figure, spec, measurements))
     if test is not None:
-        panels.append(lambda figure, spec: _map(figure.add_subplot(spec), test.features, test.labels))
+        panels.append(lambda figure, spec: _feature_map(figure.add_subplot(spec), test.features, test.labels))
     rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
     figure = Figure(figsize=(6 * columns, 4.5 * rows), layout="constrained")
     grid = figure.add_gridspec(max(1, rows), max(1, columns))
@@ -197,7 +197,7 @@ def _schedules(figure: Figure, spec: Any, measurements: History) -> None:
     axis.set_xlabel("optimizer steps")
 
 
-def _map(axis: Axes, features: Tensor, labels: Tensor | None) -> None:
+def _feature_map(axis: Axes, features: Tensor, labels: Tensor | None) -> None:
     components = principal_components(features, 2)
     shares = (components.var(dim=0) / features.var(dim=0).sum()).nan_to_num().tolist()
     x, y = components.T.tolist()

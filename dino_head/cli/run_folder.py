@@ -1,7 +1,6 @@
 """The folder of a run: its settings, its checkpoints, Ctrl-C and going on."""
 
 import argparse
-import hashlib
 import json
 import signal
 from collections.abc import Mapping, Sequence
@@ -69,11 +68,6 @@ def parse_run(
                 "keeps its settings; leave the option out, or start another run with --out"
             )
     return args
-
-
-def fingerprint(files: Sequence[str]) -> str:
-    """Follows from the list of files; a run that is resumed needs the same one, in which the order is the same."""
-    return f"{len(files)} files, {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}"
 
 
 def check_same_data(out: Path, description: str, resume: bool) -> None:
