@@ -1,9 +1,8 @@
 """Weights in and out: the heads of the DINO authors, of the libraries around them and of Lightning runs.
 
-python -m dino_head.checkpoints FILE      # which heads are inside, and what becomes of each key
+dino-head inspect FILE      # the heads of a file, and how load_head maps each key
 """
 
-import argparse
 import itertools
 import logging
 import os
@@ -124,30 +123,27 @@ def export_head(
     return exported
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Show the heads of a file."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dino_head.checkpoints",
-        description="Shows which DINO heads a checkpoint holds and what load_head makes of each key. Changes nothing.",
-    )
-    parser.add_argument("file", help="of torch.save, safetensors, or the index.json of sharded safetensors")
-    file = parser.parse_args(arguments).file
-    try:
-        contents = read(file)
-        heads = _heads_of(contents)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from None
-    print(f"heads: {', '.join(path or 'the whole file' for path in heads)}")
-    is_whole = True
+def describe(source: str | os.PathLike[str]) -> tuple[str, bool]:
+    """A report of the heads in a checkpoint, as text, and whether `load_head` can load every one of them.
+
+    Args:
+        source: The file, as for `load_head`.
+
+    Raises:
+        ValueError: The file holds no head, or is no checkpoint.
+        OSError: The file cannot be opened.
+    """
+    contents = read(source)
+    heads = _heads_of(contents)
+    lines = [f"heads: {', '.join(path or 'the whole file' for path in heads)}"]
+    is_loadable = True
     for head in heads.values():
         try:
             report = _report(head, _fit(head)[1])
         except ValueError as error:
-            report, is_whole = [f"error: {error}"], False
-        print("", *report, sep="\n")
-    print("", *_rest(contents, heads.values()), sep="\n")
-    if not is_whole:
-        raise SystemExit(1)
+            report, is_loadable = [f"error: {error}"], False
+        lines += ["", *report]
+    return "\n".join([*lines, "", *_rest(contents, heads.values())]), is_loadable
 
 
 def _check_head(head: object) -> None:
@@ -241,7 +237,3 @@ def _groups(names: Collection[str], paths: Collection[str]) -> list[str]:
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
     """How many parts are the same from the start."""
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,10 @@
 """Files that cannot be read: left out, counted and listed, and never the end of a run."""
 
+import hashlib
 import itertools
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,11 @@ def walk(folder: str) -> list[str]:
         found += [] if here in seen else [os.path.join(at, name) for name in files if not name.startswith(".")]
         seen.add(here)
     return sorted(found)
+
+
+def fingerprint(files: Sequence[str]) -> str:
+    """A short description of a list of files; a resumed run needs the same files in the same order."""
+    return f"{len(files)} files, {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}"
 
 
 class Readable(Dataset[Any]):

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from dino_head.cli.run_folder import fingerprint
-from dino_head.vision.files import FileData, Readable
+from dino_head.vision.files import FileData, Readable, fingerprint
 from dino_head.vision.images import Images, Stream, normalized, open_images, paths
 from dino_head.vision.loaders import ResumableLoader, StreamLoader
 
