@@ -5,7 +5,7 @@ dino-head inspect FILE      # the heads of a file, and how load_head maps each k
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
