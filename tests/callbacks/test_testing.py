@@ -121,8 +121,9 @@ def test_batches_that_cannot_be_split_are_refused():
         assert_accumulation_invariant(toy, parts=3)
 
 
-def test_resume_of_an_ordinary_loader_at_an_epochs_end():
-    assert_resume_invariant(toy, mid_epoch=False)
+@pytest.mark.parametrize("options", [{}, {"max_epochs": 3}])
+def test_resume_of_an_ordinary_loader_at_an_epochs_end(options):
+    assert_resume_invariant(toy, mid_epoch=False, **options)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
