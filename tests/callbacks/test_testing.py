@@ -121,8 +121,16 @@ def test_batches_that_cannot_be_split_are_refused():
         assert_accumulation_invariant(toy, parts=3)
 
 
-def test_resume_of_an_ordinary_loader_at_an_epochs_end():
-    assert_resume_invariant(toy, mid_epoch=False)
+@pytest.mark.parametrize(("options", "epochs"), [({}, 2), ({"max_epochs": 3}, 3)])
+def test_resume_of_an_ordinary_loader_at_an_epochs_end(options, epochs):
+    ends = []
+
+    class End(Callback):
+        def on_train_end(self, trainer, pl_module):
+            ends.append(trainer.current_epoch)
+
+    assert_resume_invariant(lambda: (Toy(), loader(), [*rules(), End()]), mid_epoch=False, **options)
+    assert ends == [epochs, epochs]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
