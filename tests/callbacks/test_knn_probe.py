@@ -462,5 +462,5 @@ def test_two_processes_find_what_one_finds(tmp_path):
         for name in one:
             assert rank[name] == pytest.approx(one[name], rel=1e-3), name
     reports = {file.parent.name for file in tmp_path.glob("*/report.html")}
-    kinds = ["plain", "shares", "unlabelled", *(["sharded"] if distributed_fits.CAN_SHARD else [])]
+    kinds = distributed_fits.REPORTED if distributed_fits.CAN_SHARD else ["plain"]
     assert reports == {f"{kind}-{processes}" for kind in kinds for processes in (1, 2)}

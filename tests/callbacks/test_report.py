@@ -54,6 +54,13 @@ def fit(module, *callbacks, data=None, **options):
     return run
 
 
+@pytest.fixture(autouse=True)
+def few_neighbours(monkeypatch):
+    """Drawing costs most of these tests' time, and each neighbour is a plot of its own."""
+    monkeypatch.setattr(figures, "SHOWN", 2)
+    monkeypatch.setattr(figures, "NEIGHBOURS", 1)
+
+
 class Page(HTMLParser):
     """The texts of a page by their tag, and where its pictures and links lead."""
 
@@ -284,8 +291,9 @@ def test_images_without_labels_are_drawn_without_frames(tmp_path):
     assert np.ptp(pixels, axis=-1).max() == 0  # grey
 
 
-def test_frames_tell_right_from_wrong(tmp_path):
+def test_frames_tell_right_from_wrong(tmp_path, monkeypatch):
     """Neighbours of an image among the same images: the nearest is itself."""
+    monkeypatch.setattr(figures, "NEIGHBOURS", 6)
     data = images(12)
     watch = ReportCallback(tmp_path, data, data)
     fit(seeded(), watch)

@@ -2,14 +2,12 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.scripts import SendSignal, run_script
 from matplotlib import image
 
 from dino_head.examples.fit_digits import digit_views, digits, main, parse
@@ -108,26 +106,8 @@ FOUR = ["--epochs", "4", "--batch-size", "256"]
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     out = tmp_path_factory.mktemp("uninterrupted") / "digits"
-    run_script(out, FOUR)
+    assert run_script(SCRIPT, ["--out", str(out), *FOUR], out.parent / "log") == 0
     return final_state(out)
-
-
-def run_script(out, options, stop_with=None):
-    """In a process of its own; with a signal as soon as the first epoch's checkpoint is there. Returns its output."""
-    command = [sys.executable, str(SCRIPT), "--out", str(out), *options]
-    log = out.parent / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 180
-        if stop_with is not None:
-            while not (out / "checkpoints" / "last.ckpt").exists():
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            process.send_signal(stop_with)
-        code = process.wait(deadline - time.monotonic())
-    assert (code == 0) is (stop_with is None), log.read_text()
-    return log.read_text()
 
 
 def final_state(out):
@@ -138,19 +118,22 @@ def final_state(out):
     return {name: checkpoint[name] for name in names}
 
 
-@pytest.mark.parametrize("stop_with", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("stop_with", ["SIGKILL", "SIGINT"])
 def test_a_run_that_was_killed_or_stopped_and_resumed_equals_the_uninterrupted_one_bitwise(
     stop_with, uninterrupted, tmp_path
 ):
-    """With the example's own shuffling and random augmentation; killed somewhere after the first of four epochs."""
-    out = tmp_path / "digits"
-    log = run_script(out, FOUR, stop_with)
+    """With the example's own shuffling and random augmentation; stopped in the second of four epochs of five steps."""
+    out, log = tmp_path / "digits", tmp_path / "log"
+    number = getattr(signal, stop_with)
+    code = run_script(SCRIPT, ["--out", str(out), *FOUR], log, SendSignal(number, step=7))
     assert not (out / "summary.json").exists()
-    if stop_with == signal.SIGINT:
-        assert f"interrupted.ckpt is written; go on with --resume --out {out}" in log
-        step = torch.load(out / "checkpoints" / "interrupted.ckpt", weights_only=True)["global_step"]
-        assert 5 <= step < 20
-    run_script(out, ["--resume"])
+    if stop_with == "SIGKILL":
+        assert code == -number
+    else:
+        assert code > 0
+        assert f"interrupted.ckpt is written; go on with --resume --out {out}" in log.read_text()
+        assert torch.load(out / "checkpoints" / "interrupted.ckpt", weights_only=True)["global_step"] == 8  # the step is finished
+    assert run_script(SCRIPT, ["--resume", "--out", str(out)], log) == 0, log.read_text()
     torch.testing.assert_close(final_state(out), uninterrupted, rtol=0, atol=0)
     assert "frozen for 5 optimizer steps" in json.loads((out / "summary.json").read_text())["freeze"]
     looks, probes = histories(out)

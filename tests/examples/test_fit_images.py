@@ -1,17 +1,14 @@
 import json
-import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.scripts import LimitFileSize, SendSignal, run_script
 from helpers.toy_training import trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -89,34 +86,12 @@ def test_a_run_on_a_folder_writes_what_it_says(run):
     assert probes[-1]["top1"] == 1.0  # light and dark
 
 
-def start(*arguments, limit=None):
-    command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ, preexec_fn=limit
-    )
-
-
-def wait_for(file, process):
-    """Until the file is there."""
-    for _ in range(1200):
-        if file.exists():
-            return
-        assert process.poll() is None, process.stdout.read()[-2000:]
-        time.sleep(0.05)
-    raise AssertionError(f"{file} did not appear")
-
-
-@pytest.mark.parametrize("stop_with", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("stop_with", ["SIGKILL", "SIGINT"])
 def test_killed_and_resumed_it_ends_where_an_uninterrupted_run_ends(run, photos, tmp_path, stop_with):
-    out = tmp_path / "out"
-    process = start(*options(photos, out, 3))
-    wait_for(out / "checkpoints" / "epoch=0.ckpt", process)
-    process.send_signal(stop_with)
-    process.communicate()
-    assert (out / "checkpoints" / "interrupted.ckpt").exists() is (stop_with == signal.SIGINT)
-    resumed = start("--resume", "--out", str(out))
-    printed = resumed.communicate()[0]
-    assert resumed.returncode == 0, printed[-2000:]
+    out, log = tmp_path / "out", tmp_path / "log"
+    run_script(SCRIPT, options(photos, out, 3), log, SendSignal(getattr(signal, stop_with), step=3))
+    assert (out / "checkpoints" / "interrupted.ckpt").exists() is (stop_with == "SIGINT")
+    assert run_script(SCRIPT, ["--resume", "--out", str(out)], log) == 0, log.read_text()
     one, other = (saved(folder / "checkpoints" / "epoch=2.ckpt")["state_dict"] for folder in (run, out))
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
@@ -136,14 +111,10 @@ def test_a_folder_that_changed_is_said_and_nothing_is_lost(photos, tmp_path):
 
 def test_a_full_disk_is_said_and_costs_no_checkpoint(photos, tmp_path):
     """A limit to the size of a file does what a full disk does: writing fails in the middle."""
-    out = tmp_path / "out"
-    process = start(*options(photos, out, 3, workers=0))
+    out, log, half = tmp_path / "out", tmp_path / "log", 10_000_000
+    assert run_script(SCRIPT, options(photos, out, 3, workers=0), log, LimitFileSize(half)) == 1
     first = out / "checkpoints" / "epoch=0.ckpt"
-    wait_for(first, process)
-    half = 10_000_000
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (half, half))
-    printed = process.communicate()[0]
-    assert process.returncode == 1
+    printed = log.read_text()
     assert re.search(r"stopped: .*File too large.*Make room or repair, and go on with --resume --out", printed)
     assert "1 files could not be read and were left out" in printed  # however it ends
     assert first.stat().st_size > half
