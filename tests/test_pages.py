@@ -53,12 +53,14 @@ def mine(tmp_path, monkeypatch, capsys):
     return namespace
 
 
+@pytest.mark.slow
 def test_the_twenty_lines_run_and_print_what_the_readme_says(mine, capsys):
     printed = capsys.readouterr().out.strip().splitlines()[-1]  # behind the progress bar
     assert printed.startswith("student.head.last_layer frozen for 4 optimizer steps, bitwise unchanged")
     assert f"It prints `{printed}`." in README.replace("\n", " ")
 
 
+@pytest.mark.slow
 def test_the_receipts_are_those_of_the_readme(mine, capsys):
     capsys.readouterr()
     exec(block("rules = ["), mine)
@@ -66,6 +68,7 @@ def test_the_receipts_are_those_of_the_readme(mine, capsys):
     assert "\n".join(printed) in README
 
 
+@pytest.mark.slow
 def test_a_rate_of_its_own_for_the_last_layer(mine):
     exec(block("import parameter_groups"), mine)
     rates = {id(p): group["lr"] for group in mine["optimizer"].param_groups for p in group["params"]}
@@ -74,6 +77,7 @@ def test_a_rate_of_its_own_for_the_last_layer(mine):
     assert len(rates) == sum(p.requires_grad for p in mine["student"].parameters()) - 1
 
 
+@pytest.mark.slow
 def test_the_checks_say_what_the_readme_says(mine, capsys):
     exec(block("def make():"), mine | {"TeacherUpdateCallback": TeacherUpdateCallback})
     printed = capsys.readouterr().out
@@ -82,6 +86,7 @@ def test_the_checks_say_what_the_readme_says(mine, capsys):
     assert "an uninterrupted run and one resumed at an epoch's end differ at the end" in printed
 
 
+@pytest.mark.slow
 def test_the_three_watch_and_write_a_page(mine, capsys, tmp_path):
     exec(block("watching = ["), mine)
     printed = capsys.readouterr().out
@@ -92,6 +97,7 @@ def test_the_three_watch_and_write_a_page(mine, capsys, tmp_path):
     assert "Too early to tell: a diagnosis needs 10 looks." in (tmp_path / "runs" / "mine" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_metrics_without_lightning(mine, capsys):
     exec(block("watching = ["), mine)
     capsys.readouterr()
@@ -115,11 +121,13 @@ def beside_a_digits_run(digits_run, tmp_path, monkeypatch):
     shutil.copytree(digits_run, tmp_path / "runs" / "digits")
 
 
+@pytest.mark.slow
 def test_a_head_out_of_a_checkpoint(beside_a_digits_run):
     exec(block("import export_head"), {})
     assert torch.load("runs/head.pth", weights_only=True)["last_layer.weight_v"].shape == (16, 64)
 
 
+@pytest.mark.slow
 def test_the_page_of_weights(beside_a_digits_run, tmp_path, capsys):
     """Every block of it, from the first to the last."""
     page = (ROOT / "docs" / "weights.md").read_text()
@@ -161,11 +169,12 @@ def test_the_page_of_weights(beside_a_digits_run, tmp_path, capsys):
     assert namespace["callbacks"][0].receipt.startswith("student.backbone frozen for 21 optimizer steps")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("page", ALONE, ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run_from_the_first_to_the_last(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
     namespace: dict[str, object] = {"__name__": "page"}
     for code in blocks(page):
         exec(compile(code, page.name, "exec"), namespace)
@@ -241,6 +250,7 @@ def test_the_figures_and_pictures_of_collapses_are_on_their_page():
     assert said["left_behind"]["diagnoses"][0].startswith("teacher does not follow")
 
 
+@pytest.mark.slow
 def test_the_script_of_the_pictures_runs(tmp_path, monkeypatch):
     """On a tenth of the digits."""
     (train, train_labels), test = digits()

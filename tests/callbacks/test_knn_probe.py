@@ -453,6 +453,7 @@ def test_arguments_out_of_range(options):
         KNNProbeCallback(**options)
 
 
+@pytest.mark.distributed
 def test_two_processes_find_what_one_finds(tmp_path):
     one = distributed_fits.watched(tmp_path)
     first, second = run_in_processes(distributed_fits.watched, tmp_path)

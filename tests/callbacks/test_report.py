@@ -27,6 +27,7 @@ from dino_head.callbacks.report import stretched
 
 FILES = {"report.html", "overview.png", "neighbours.png"}
 WATCHED = FILES | {"curves.json"}
+pytestmark = pytest.mark.slow  # each run draws
 
 
 def seeded(**options):

@@ -125,6 +125,7 @@ def test_every_recipe_is_tried():
     assert {file.stem for file in RECIPES.iterdir()} == set(FILES)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("recipe", FILES)
 def test_a_recipe_runs_at_reduced_width(recipe, tmp_path):
     if recipe == "vitl16_sharded" and not CAN_SHARD:

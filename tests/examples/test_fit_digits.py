@@ -132,7 +132,8 @@ def test_a_run_that_was_killed_or_stopped_and_resumed_equals_the_uninterrupted_o
     else:
         assert code > 0
         assert f"interrupted.ckpt is written; go on with --resume --out {out}" in log.read_text()
-        assert torch.load(out / "checkpoints" / "interrupted.ckpt", weights_only=True)["global_step"] == 8  # the step is finished
+        step = torch.load(out / "checkpoints" / "interrupted.ckpt", weights_only=True)["global_step"]
+        assert step == 8  # the step is finished
     assert run_script(SCRIPT, ["--resume", "--out", str(out)], log) == 0, log.read_text()
     torch.testing.assert_close(final_state(out), uninterrupted, rtol=0, atol=0)
     assert "frozen for 5 optimizer steps" in json.loads((out / "summary.json").read_text())["freeze"]
