@@ -24,7 +24,7 @@ from dino_head.callbacks import (
     ReportCallback,
     TeacherUpdateCallback,
 )
-from dino_head.callbacks._look import Look
+from dino_head.callbacks.collapse_monitor import Measurement
 from dino_head.examples.fit_digits import Digits, build
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     seconds(1, *watching())  # what is done once a process
     ratios, shares = [], []
     spent = Spent()
-    spent.count(Look, "_measure")  # within the forward of the loss
+    spent.count(Measurement, "_measure")  # within the forward of the loss
     for index in range(args.rounds):
         spent.seconds, (monitor, probe) = 0.0, watching()
         spent.count(monitor, "on_train_start", "on_train_batch_start", "on_train_batch_end")

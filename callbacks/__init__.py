@@ -1,4 +1,4 @@
-"""DINO's training rules as Lightning callbacks, and those that watch a run."""
+"""Lightning callbacks: the training rules of DINO, and callbacks that watch a run."""
 
 from dino_head.callbacks.collapse_monitor import CollapseMonitorCallback
 from dino_head.callbacks.freeze_last_layer import FreezeLastLayerCallback

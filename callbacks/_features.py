@@ -1,4 +1,4 @@
-"""Features of labelled data in the middle of training, without a trace in it.
+"""Features of labelled data during training, which they leave bitwise unchanged.
 
 Sizes: N samples, D features.
 """
@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from dino_head.functional import evenly
+from dino_head._indices import spaced_indices
 
 Loaders = tuple[Iterable[Any], Iterable[Any]]
 
@@ -34,13 +34,13 @@ class Labelled(NamedTuple):
 
 @contextmanager
 def evaluation(pl_module: LightningModule) -> Iterator[None]:
-    """Evaluation mode without gradients; modes and random states are afterwards what they were.
+    """Evaluation mode without gradients; restores modes and random states.
 
     Inside, random numbers are the same each time and in each process.
     """
     modes = [(module, module.training) for module in pl_module.modules()]
     error = None
-    with isolate_rng():  # leaves the random states alone when an error passes through it
+    with isolate_rng():  # restores nothing when an error passes through it
         try:
             torch.manual_seed(0)
             pl_module.eval()
@@ -55,11 +55,13 @@ def evaluation(pl_module: LightningModule) -> Iterator[None]:
         raise error
 
 
-def labelled_loaders(trainer: Trainer, train: Iterable[Any] | None, test: Iterable[Any] | None, user: str) -> Loaders:
-    """Those given, else the datamodule's, or the LightningModule's where there is none.
+def labelled_loaders(
+    trainer: Trainer, train: Iterable[Any] | None, test: Iterable[Any] | None, callback: str
+) -> Loaders:
+    """The two loaders, from the datamodule (or the LightningModule) where one is None.
 
-    They are what its `knn_dataloaders()` gives, if it has such a method, else train_dataloader() and val_dataloader(),
-    or test_dataloader().
+    Its `knn_dataloaders()` returns them, if it has this method, else train_dataloader() and val_dataloader(), or
+    test_dataloader().
     """
     if train is not None and test is not None:
         return train, test
@@ -72,8 +74,8 @@ def labelled_loaders(trainer: Trainer, train: Iterable[Any] | None, test: Iterab
     missing = [name for name in wanted if not is_overridden(name, data)]
     if missing:
         raise MisconfigurationException(
-            f"{user} needs images, and {type(data).__name__} has no knn_dataloaders and no {' and '.join(missing)}: "
-            "give it two loaders of batches (inputs, labels), train=... and test=..."
+            f"{callback} needs images, and {type(data).__name__} has no knn_dataloaders and no "
+            f"{' and '.join(missing)}: pass two loaders of batches (inputs, labels), train=... and test=..."
         )
     of_train, of_test = (
         getattr(data, name)() if given is None else given for name, given in zip(names, (train, test), strict=True)
@@ -82,12 +84,12 @@ def labelled_loaders(trainer: Trainer, train: Iterable[Any] | None, test: Iterab
 
 
 def some_batches(loader: Iterable[Any], max_samples: int, rank: int = 0, world: int = 1) -> Iterator[Any]:
-    """A process's share of at most about `max_samples` samples: whole batches, spread evenly over the loader.
+    """This process's share of about `max_samples` samples at most: whole batches, spread evenly over the loader.
 
-    Of an iterable without indices the first ones are taken. A generator of the loader's own is afterwards what it was.
+    An iterable without indices yields its first batches. The state of the loader's own generator is restored.
     """
     sampler, batch_sampler = (getattr(loader, name, None) for name in ("sampler", "batch_sampler"))
-    if isinstance(sampler, DistributedSampler):  # a share already
+    if isinstance(sampler, DistributedSampler):  # yields a share already
         max_samples, rank, world = max(1, max_samples // world), 0, 1
     owners = (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
     owned = [getattr(owner, "generator", None) for owner in owners]
@@ -100,7 +102,7 @@ def some_batches(loader: Iterable[Any], max_samples: int, rank: int = 0, world: 
         if batches is not None:
             share = max_samples / max(1, sum(map(len, batches)))
             count = max(1, int(len(batches) * min(1.0, share)))
-            chosen = [batches[index] for index in evenly(len(batches), count)] if batches else []
+            chosen = [batches[index] for index in spaced_indices(len(batches), count)] if batches else []
             yield from _load(loader, chosen[rank::world])  # type: ignore[arg-type]
         else:
             taken = 0
@@ -116,7 +118,7 @@ def some_batches(loader: Iterable[Any], max_samples: int, rank: int = 0, world: 
 
 
 def _batches_of_indices(loader: Iterable[Any]) -> list[list[int]] | None:
-    """Of an ordinary DataLoader over data with a length; None of any other iterable."""
+    """The batches of an ordinary DataLoader over data with a length; None for any other iterable."""
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
@@ -139,13 +141,13 @@ def features_of(pl_module: LightningModule, trainer: Trainer, module: nn.Module,
     """Inputs of a batch -> features (B, D) in float32, under the Trainer's precision.
 
     Raises:
-        ValueError: an output that is not (B, D).
+        ValueError: The output is not (B, D).
     """
     with trainer.precision_plugin.forward_context():
         features = module(trainer.precision_plugin.convert_input(move_data_to_device(inputs, pl_module.device)))
     if not isinstance(features, Tensor) or features.dim() != 2:
         given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
-        raise ValueError(f"features (B, D) are needed, and the module gives {given}: name one that pools its output")
+        raise ValueError(f"features must be (B, D), but the module returns {given}: name one that pools its output")
     return features.float()
 
 
@@ -153,7 +155,7 @@ def split(batch: Any) -> tuple[Any, Tensor, Tensor | None]:
     """A batch -> inputs, labels and groups.
 
     Raises:
-        ValueError: no labels.
+        ValueError: The batch has no labels.
     """
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
         size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
@@ -170,23 +172,23 @@ def split(batch: Any) -> tuple[Any, Tensor, Tensor | None]:
 
 
 def as_text(error: Exception) -> str:
-    """What to say of an error that does not end the run; ours begin with what they are about."""
+    """Text of an error that does not end the run; messages of our own errors need no type in front."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether all processes have to run the module together."""
+    """Whether all processes must run the module together."""
     return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def extract(
     trainer: Trainer, pl_module: LightningModule, module: nn.Module, loader: Iterable[Any], max_samples: int
 ) -> Labelled:
-    """Features of labelled data, the work divided among the processes and the result the same in all of them.
+    """Features of labelled data; the processes divide the work, and all get the same result.
 
     Raises:
-        ValueError: in all processes, whatever went wrong in any: no batch, no labels, other outputs than (B, D), or
-            an error of the data's or the module's own.
+        ValueError: In all processes, if any of them failed: no batch, no labels, other outputs than (B, D), or an error
+            in the data or the module.
     """
     rank, world = (0, 1) if is_sharded(module) else (trainer.global_rank, trainer.world_size)
     features: list[Tensor] = []
@@ -199,16 +201,16 @@ def extract(
             targets.append(torch.stack([labels] if groups is None else [labels, groups], dim=1).to(pl_module.device))
         nothing = torch.empty(0, 0, device=pl_module.device)
         mine = [torch.cat(features or [nothing]), torch.cat(targets or [nothing.long()])]
-    except Exception as raised:  # of whatever is in the data: the other processes wait
+    except Exception as raised:  # any error of the user's code: the other processes wait
         error = raised
     if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
-        raise ValueError("another process could not take its features" if error is None else as_text(error)) from error
-    everything = [torch.cat([part for part in _gathered(tensor, world) if len(part)] or [tensor]) for tensor in mine]
+        raise ValueError("another process failed to compute features" if error is None else as_text(error)) from error
+    gathered = [gather_all_tensors(tensor) if world > 1 else [tensor] for tensor in mine]
+    everything = [
+        torch.cat([part for part in parts if len(part)] or [tensor])
+        for parts, tensor in zip(gathered, mine, strict=True)
+    ]
     if not len(everything[0]):
-        raise ValueError("there is no data: the loader gave no batch")
+        raise ValueError("there is no data: the loader yielded no batch")
     labels, *groups_if_any = everything[1].unbind(dim=1)
     return Labelled(everything[0], labels, groups_if_any[0] if groups_if_any else None)
-
-
-def _gathered(mine: Tensor, world: int) -> list[Tensor]:
-    return gather_all_tensors(mine) if world > 1 else [mine]

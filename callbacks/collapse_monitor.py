@@ -1,60 +1,70 @@
-"""Watching what the loss is made of while DINO trains, and saying so when it collapses."""
+"""The parts of the loss, measured while DINO trains, with a diagnosis when training collapses."""
 
+import inspect
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_head._arguments import check_integer
-from dino_head._statistics import effective_rank, statistics_of
-from dino_head.callbacks._access import find_submodule
-from dino_head.callbacks._look import Look, Pairs, Weights, known_pairs
-from dino_head.callbacks._pairs import PAIRS
+from dino_head.callbacks._after_step import find_submodule, local_part
+from dino_head.callbacks.teacher_update import PAIRS, TeacherUpdateCallback
 from dino_head.diagnosis import COLLAPSES, diagnose
+from dino_head.functional._outputs import as_outputs
 from dino_head.losses import DINOLoss
+from dino_head.metrics import DINOStatistics, RankMe
+from dino_head.metrics.rankme import effective_rank
+from dino_head.metrics.statistics import statistics_of
 
-MOST_LOOKS = 1000  # that are remembered
+MAX_HISTORY = 1000  # measurements
+MAX_COLUMNS = 512  # of logits, for their rank
+WITHOUT_FLOAT64 = ("mps",)
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a parameter's elements
+
+Pairs = Sequence[tuple[str, str]]
+Fingerprints = list[tuple[list[int], list[int]]]
 
 
 class CollapseMonitorCallback(Callback):
-    """Logs what the loss consists of and the rank of the embeddings, and says in words when training collapses.
+    """Logs the parts of the loss and the rank of the embeddings, and names a collapse in words.
 
         Trainer(callbacks=[CollapseMonitorCallback(), ...])
 
-    Every so many batches it looks at what the DINOLoss of the LightningModule is called with, through a hook that is
-    there for that batch alone, and logs `dino/...`: the values of `DINOStatistics`, and as `dino/rankme` the effective
-    rank (`RankMe`) of the teacher's embeddings in that batch (z of FactoredLogits; of logits, at most 512 columns
-    spread evenly). Both are taken over all processes, prototype usage over the last `patience` looks. Loggers get the
-    values at once, the progress bar shows `dino/loss_per_lnK`, and ModelCheckpoint and EarlyStopping may monitor any
-    (`dino/rankme` with mode="max" where there are no labels): they see those of the last look.
+    It measures the inputs of the module's DINOLoss, through a hook that exists during the measured batches alone, and
+    logs `dino/...`: the values of `DINOStatistics`, and `dino/rankme`, the effective rank (`RankMe`) of the teacher's
+    embeddings in that batch (z of FactoredLogits; of logits, at most 512 columns spread evenly). Values cover all
+    processes; prototype usage covers the last `patience` measurements. Loggers get the values at once, and the progress
+    bar shows `dino/loss_normalized`. ModelCheckpoint and EarlyStopping can monitor the last measurement of any value
+    (`dino/rankme` with mode="max" where there are no labels).
 
-    From the averages of the last `patience` looks (the rank being that of all their embeddings) `diagnose` is asked
-    what is wrong; each case is said once, with the time at which it was seen: a collapse as a warning, what may be as
-    it should as information. Whether the teacher follows is asked of the weights since training began.
+    Every diagnosis (`diagnose`) uses the averages of the last `patience` measurements and the rank of all their
+    embeddings. It is reported once, with epoch and step: a collapse as a warning, a case that may be harmless as
+    information. Whether the teacher follows is read from its weights, which are compared with the first measurement's.
 
-    Training is bitwise the same with and without it. Between looks nothing is kept on the device.
+    Training is bitwise the same with and without it. Between measurements nothing is kept on the device.
 
     Args:
-        every_n_steps: training batches from one look to the next; the first batch is looked at.
-        patience: looks that a diagnosis averages over.
-        stop: whether a collapse ends the run, as EarlyStopping does; dead prototypes, which may do no harm, do not.
-        loss: name of the DINOLoss, as `named_modules()` lists it; None: the only one.
-        pairs: names of the (student, teacher) submodules; None: those of TeacherUpdateCallback, else `student` and
-            `teacher`.
+        every_n_steps: Training batches from one measurement to the next; the first batch is measured.
+        patience: Number of measurements that a diagnosis averages over.
+        stop: Whether a collapse ends the run, as EarlyStopping does; dead prototypes, which may be harmless, do not.
+        loss: Name of the DINOLoss, as `named_modules()` lists it; None: the only one.
+        pairs: Names of the (student, teacher) submodules; None: the pairs of TeacherUpdateCallback, or else `student`
+            and `teacher`.
 
     Attributes:
-        history: of each look its values, `epoch`, `step` (optimizer steps) and what is scheduled; of a long run 1,000
-            looks at most, evenly spread, and the last one. In checkpoints, like `diagnoses`.
-        diagnoses: what was said.
+        history: Values of each measurement, with `epoch`, `step` (optimizer steps) and scheduled values. A long run
+            keeps 1,000 measurements at most, evenly spread, and the last one. In checkpoints, like `diagnoses`.
+        diagnoses: Texts that were reported.
 
     Raises:
-        ValueError: an argument out of range.
-        MisconfigurationException: when training starts: no DINOLoss, or several and none named.
+        ValueError: An argument is out of range.
+        MisconfigurationException: When training starts: no DINOLoss, or several and none named.
     """
 
     def __init__(
@@ -64,7 +74,7 @@ class CollapseMonitorCallback(Callback):
         patience: int = 10,
         stop: bool = False,
         loss: str | None = None,
-        pairs: Sequence[tuple[str, str]] | None = None,
+        pairs: Pairs | None = None,
     ) -> None:
         check_integer("every_n_steps", every_n_steps, 1)
         check_integer("patience", patience, 1)
@@ -72,173 +82,261 @@ class CollapseMonitorCallback(Callback):
         self.pairs = pairs
         self.history: list[dict[str, float]] = []
         self.diagnoses: list[str] = []
-        self._batches, self._looks = 0, 0  # so far
-        self._stride = 1  # of how many looks one is remembered
-        self._is_due = False  # as the last look has seen nothing
+        self._batches, self._measured = 0, 0  # batches so far, and those that were measured
+        self._stride = 1  # measurements for each one in the history
+        self._is_due = False  # after a batch in which the loss was not called
         self._module: DINOLoss | None = None
         self._pairs: Pairs = ()
-        self._look: Look | None = None
-        self._recent: deque[dict[str, Tensor]] = deque(maxlen=patience)  # sums of the last looks
-        self._first_weights: Weights | None = None  # fingerprints of the first look since training began
+        self._measurement: Measurement | None = None  # of this batch
+        self._recent: deque[dict[str, Tensor]] = deque(maxlen=patience)  # sums of the last measurements
+        self._first_weights: Fingerprints | None = None  # at the first measurement since training began
 
     @property
     def receipt(self) -> str | None:
-        """What was watched, what was seen last, and what was said; None before the first look."""
+        """The number of measurements, the last values and the diagnoses; None before the first measurement."""
         if not self.history:
             return None
         last = self.history[-1]
-        cases = ", ".join(text.split(":")[0] for text in self.diagnoses)
+        cases = ", ".join(_case(text) for text in self.diagnoses)
         return (
-            f"looked at {self._looks} of {self._batches} batches, last with loss {last['loss']:.3f} = "
-            f"{last['loss_per_lnK']:.3f} ln K, of which {last['kl']:.3f} KL, and RankMe {last['rankme']:.1f}; "
+            f"looked at {self._measured} of {self._batches} batches, last with loss {last['loss']:.3f} = "
+            f"{last['loss_normalized']:.3f} ln K, of which {last['kl']:.3f} KL, and RankMe {last['rankme']:.1f}; "
             f"diagnosis: {cases or ('none' if self.has_judged else 'too early')}"
         )
 
     @property
     def has_judged(self) -> bool:
-        """Whether there were looks enough for a diagnosis."""
-        return self._looks >= self.patience
+        """Whether there were enough measurements for a diagnosis."""
+        return self._measured >= self.patience
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, before a checkpoint is loaded."""
         if stage == "fit" and trainer.global_step == 0 and trainer.current_epoch == 0:
-            self._batches, self._looks, self._stride, self.history, self.diagnoses = 0, 0, 1, [], []
+            self._batches, self._measured, self._stride, self.history, self.diagnoses = 0, 0, 1, [], []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the loss."""
+        """Find the loss and the pairs."""
         losses = {name: module for name, module in pl_module.named_modules() if isinstance(module, DINOLoss)}
         chosen = losses if self.loss is None else {name: losses[name] for name in losses if name == self.loss}
         if len(chosen) != 1:
             raise MisconfigurationException(
-                f"CollapseMonitorCallback watches one DINOLoss, got loss={self.loss!r}, and {type(pl_module).__name__} "
-                f"has {', '.join(losses) or 'none'}: name one of them with loss=..., or for another kind of loss use "
-                "dino_head.metrics.DINOStatistics in training_step"
+                f"CollapseMonitorCallback measures one DINOLoss, got loss={self.loss!r}, and "
+                f"{type(pl_module).__name__} has {', '.join(losses) or 'none'}: name one of them with loss=..., or for "
+                "another kind of loss use dino_head.metrics.DINOStatistics in training_step"
             )
         (self._module,) = chosen.values()
-        self._pairs = known_pairs(trainer, pl_module) if self.pairs is None else self.pairs
+        self._pairs = _known_pairs(trainer, pl_module) if self.pairs is None else self.pairs
         for name in (name for pair in self._pairs for name in pair):
             find_submodule(pl_module, name, PAIRS)
         if not self._pairs:
             rank_zero_warn(
-                "CollapseMonitorCallback cannot see whether the teacher follows: there is neither a "
-                "TeacherUpdateCallback nor a student and a teacher in the module; name yours with "
+                "CollapseMonitorCallback cannot check whether the teacher follows: the Trainer has no "
+                "TeacherUpdateCallback, and the module no student and teacher; name yours with "
                 f"CollapseMonitorCallback({PAIRS})"
             )
         self._is_due, self._first_weights = False, None
         self._recent.clear()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Listen to the loss, if it is this batch's turn."""
-        self._end_look()  # of a batch that was left out
+        """Hook the loss, if this batch is to be measured."""
+        self._end_measurement()  # of a batch that was skipped
         if (self._is_due or self._batches % self.every_n_steps == 0) and self._module is not None:
-            self._look = Look(self._module, trainer, pl_module, self._pairs)
+            self._measurement = Measurement(self._module, trainer, pl_module, self._pairs)
         self._batches += 1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Log what was seen, and say what it means."""
-        look = self._end_look()
-        if look is None:
+        """Log the values, and report a diagnosis."""
+        measurement = self._end_measurement()
+        if measurement is None:
             return
-        self._is_due = not trainer.strategy.reduce_boolean_decision(look.statistics is not None)
-        if self._is_due:  # a batch that some process has left out: the next one will do
+        self._is_due = not trainer.strategy.reduce_boolean_decision(measurement.statistics is not None)
+        if self._is_due:  # some process skipped the batch: measure the next one
             return
-        self._recent.append(look.gather())
-        averages = {**_values(_total(self._recent)), **self._changes(trainer, look)}
+        self._recent.append(measurement.gather())
+        averages = {**_values(_total(self._recent)), **self._changes(trainer, measurement)}
         values = _values(self._recent[-1])
-        values |= {name: averages[name] for name in ("prototypes_used", "prototypes_effective")}
+        values |= {name: averages[name] for name in ("prototypes_used", "prototype_perplexity")}
         del values["rows"], values["output_dim"]
         self._log(trainer, pl_module, {f"dino/{name}": value for name, value in values.items()})
         moment = {"epoch": float(trainer.current_epoch), "step": float(trainer.global_step)}
-        self._remember({**moment, **values, **look.scheduled})
+        self._append_to_history({**moment, **values, **measurement.scheduled})
         if len(self._recent) == self.patience or not math.isfinite(values["loss"]):
-            self._say(trainer, diagnose(averages))
+            self._report(trainer, diagnose(averages))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if there was nothing to see."""
+        """Warn if the loss was never called."""
         if self._is_due and not self.history:
             rank_zero_warn(
-                f"CollapseMonitorCallback has seen nothing in epoch {trainer.current_epoch}: the DINOLoss of the "
-                "module was not called, as loss(teacher_out, student_out)"
+                f"CollapseMonitorCallback measured nothing in epoch {trainer.current_epoch}: the DINOLoss of the "
+                "module was not called as loss(teacher_out, student_out)"
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen no longer, and say what was seen."""
-        self._end_look()
+        """Remove the hook, and print the receipt."""
+        self._end_measurement()
         self._module = None
         if self.receipt:
             rank_zero_info(self.receipt)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Listen no longer."""
-        self._end_look()
+        """Remove the hook."""
+        self._end_measurement()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen and said. In a run that goes on, averages begin anew."""
-        counts = {"batches": self._batches, "looks": self._looks, "stride": self._stride}
+        """History and diagnoses. In a resumed run averages begin anew."""
+        counts = {"batches": self._batches, "looks": self._measured, "stride": self._stride}
         return {**counts, "history": self.history, "diagnoses": self.diagnoses, "receipt": self.receipt}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with it."""
-        self._batches, self._looks, self._stride = (state_dict[name] for name in ("batches", "looks", "stride"))
+        """Continue with the history and the diagnoses of a resumed run."""
+        self._batches, self._measured, self._stride = (state_dict[name] for name in ("batches", "looks", "stride"))
         self.history, self.diagnoses = state_dict["history"], state_dict["diagnoses"]
 
-    def _end_look(self) -> Look | None:
-        look, self._look = self._look, None
-        if look is not None:
-            look.end()
-        return look
+    def _end_measurement(self) -> "Measurement | None":
+        measurement, self._measurement = self._measurement, None
+        if measurement is not None:
+            measurement.end()
+        return measurement
 
-    def _remember(self, values: dict[str, float]) -> None:
-        self.history = self.history[: -(-self._looks // self._stride)]  # the last one stays until the next comes
-        self._looks += 1
-        if len(self.history) >= MOST_LOOKS:
+    def _append_to_history(self, values: dict[str, float]) -> None:
+        self.history = self.history[: -(-self._measured // self._stride)]  # the last one stays until the next comes
+        self._measured += 1
+        if len(self.history) >= MAX_HISTORY:
             self.history, self._stride = self.history[::2], 2 * self._stride
         self.history.append(values)
 
-    def _changes(self, trainer: Trainer, look: Look) -> dict[str, float]:
-        """What `diagnose` takes beside statistics: how the loss has changed, and whether the teacher follows."""
+    def _changes(self, trainer: Trainer, measurement: "Measurement") -> dict[str, float]:
+        """The inputs of `diagnose` beside statistics: the change of the loss, and whether the teacher follows."""
         losses = [(sums["loss"] / sums["samples"]).item() for sums in self._recent]
         half = len(losses) // 2
         changes = {}
         if half and sum(losses[:half]) > 0:
             changes["loss_change"] = sum(losses[-half:]) / sum(losses[:half]) - 1
         if self._first_weights is None:
-            self._first_weights = look.weights
+            self._first_weights = measurement.weights
         stands = any(
             students != students_now and teachers == teachers_now
             for (students, teachers), (students_now, teachers_now) in zip(
-                self._first_weights, look.weights, strict=True
+                self._first_weights, measurement.weights, strict=True
             )
         )
         changes["teacher_follows"] = float(not trainer.strategy.reduce_boolean_decision(stands, all=False))
         return changes
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
-        # Directly, as Lightning would send them to the loggers with its next line, and with each one after it.
+        # Lightning itself would log a value with its next line, and again with each line after it.
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        in_bar = "dino/loss_per_lnK"
+        in_bar = "dino/loss_normalized"
         for name, value in values.items():
             pl_module.log(name, value, logger=False, on_step=True, on_epoch=False, prog_bar=name == in_bar)
 
-    def _say(self, trainer: Trainer, text: str | None) -> None:
-        if text is None:
+    def _report(self, trainer: Trainer, diagnosis: str | None) -> None:
+        if diagnosis is None:
             return
-        case = text.split(":")[0]
-        if case not in {said.split(":")[0] for said in self.diagnoses}:
-            said = f"{text} (seen in epoch {trainer.current_epoch}, step {trainer.global_step})"
-            self.diagnoses.append(said)
-            (rank_zero_warn if case in COLLAPSES else rank_zero_info)(said)
+        case = _case(diagnosis)
+        if case not in map(_case, self.diagnoses):
+            text = f"{diagnosis} (seen in epoch {trainer.current_epoch}, step {trainer.global_step})"
+            self.diagnoses.append(text)
+            (rank_zero_warn if case in COLLAPSES else rank_zero_info)(text)
         if self.stop and case in COLLAPSES:
             trainer.should_stop = True
 
 
-def _total(looks: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    first, *others = looks
-    return {name: sum((look[name] for look in others), start=value) for name, value in first.items()}
+class Measurement:
+    """A forward pre-hook of a DINOLoss that measures all its calls in a training batch.
+
+    Before the calls, because they may update the center. Samples are spread evenly: nothing is random.
+    """
+
+    def __init__(self, loss: DINOLoss, trainer: Trainer, pl_module: LightningModule, pairs: Pairs) -> None:
+        # Taken before the batch, when all callbacks have finished the batch before.
+        self.scheduled = _scheduled(trainer)
+        self.weights: Fingerprints = [
+            (_fingerprint(pl_module.get_submodule(student)), _fingerprint(pl_module.get_submodule(teacher)))
+            for student, teacher in pairs
+        ]
+        self.statistics: DINOStatistics | None = None  # None until the loss is called
+        self.rank: RankMe | None = None
+        measure = torch.compiler.disable(self._measure)  # keeps it out of a compiled loss
+        self._hook = loss.register_forward_pre_hook(measure, with_kwargs=True)
+
+    def end(self) -> None:
+        """Remove the hook."""
+        self._hook.remove()
+
+    def gather(self) -> dict[str, Tensor]:
+        """The sums of statistics and rank (`products`) over all processes, in main memory. All have to call it."""
+        assert self.statistics is not None
+        assert self.rank is not None
+        self.statistics.sync()
+        self.rank.sync()
+        sums = {**self.statistics.sums(), "products": self.rank.products, "embeddings": self.rank.samples}
+        return {name: value.cpu() for name, value in sums.items()}
+
+    @torch.no_grad()
+    def _measure(self, loss: DINOLoss, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        given = inspect.signature(loss.forward).bind(*arguments, **options)
+        given.apply_defaults()
+        named = given.arguments
+        if "teacher_out" not in named or "student_out" not in named:  # a subclass with arguments of its own
+            return
+        teacher, student = (as_outputs(named[name]) for name in ("teacher_out", "student_out"))
+        if teacher.rows.device.type in WITHOUT_FLOAT64:
+            teacher, student = teacher.cpu(), student.cpu()
+        teacher_temp = named.get("teacher_temp")
+        if teacher_temp is None:
+            teacher_temp = loss.temperature(named.get("epoch"))
+        temperatures = {"teacher_temp": float(teacher_temp), "student_temp": float(loss.student_temp)}
+        self.scheduled |= temperatures
+        stride = 1 if teacher.prototypes is not None else -(-teacher.output_dim // MAX_COLUMNS)
+        embeddings = teacher.rows[..., ::stride]
+        if self.statistics is None or self.rank is None:
+            self.statistics = DINOStatistics(teacher.output_dim).to(embeddings.device)
+            self.rank = RankMe(embeddings.shape[-1]).to(embeddings.device)
+        center = loss.center_for(teacher, teacher_temp).to(embeddings.device)
+        self.statistics.update(teacher, student, center=center, **temperatures)
+        if embeddings.shape[-1] == len(self.rank.products):  # a second call may be of another kind
+            self.rank.update(embeddings if embeddings.isfinite().all() else embeddings[:0])
+
+
+def _scheduled(trainer: Trainer) -> dict[str, float]:
+    """The largest learning rate and weight decay of all groups, and the last momentum of the teacher."""
+    values: dict[str, float] = {}
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    for name, key in (("learning_rate", "lr"), ("weight_decay", "weight_decay")):
+        of_groups = [float(group[key]) for group in groups if key in group]
+        values |= {name: max(of_groups)} if of_groups else {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, TeacherUpdateCallback) and callback.last_momentum is not None:
+            values["teacher_momentum"] = callback.last_momentum
+    return values
+
+
+def _known_pairs(trainer: Trainer, pl_module: LightningModule) -> Pairs:
+    """The pairs of TeacherUpdateCallback, or else the submodules `student` and `teacher`, or else none."""
+    callbacks = [c for c in trainer.callbacks if isinstance(c, TeacherUpdateCallback)]  # type: ignore[attr-defined]
+    names = [pair for callback in callbacks for pair in callback.pairs] or [("student", "teacher")]
+    modules = dict(pl_module.named_modules())
+    return [(student, teacher) for student, teacher in names if student in modules and teacher in modules]
+
+
+def _fingerprint(module: nn.Module) -> list[int]:
+    """Of each parameter, the sum of its values read as integers."""
+    parts = [local_part(parameter).contiguous() for parameter in module.parameters()]
+    return [int(part.view(INTEGERS[part.element_size()]).sum()) for part in parts]
+
+
+def _case(diagnosis: str) -> str:
+    return diagnosis.split(":")[0]
+
+
+def _total(sums: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    first, *others = sums
+    return {name: sum((other[name] for other in others), start=value) for name, value in first.items()}
 
 
 def _values(sums: dict[str, Tensor]) -> dict[str, float]:
-    """What the metrics compute from the sums of a look, or of several."""
+    """The values of the metrics, from the sums of one or several measurements."""
     values = {name: value.item() for name, value in statistics_of(sums).items()}
     return {**values, "rankme": effective_rank(sums["products"], sums["embeddings"]).item()}

@@ -1,52 +1,55 @@
-"""The last layer frozen for the first epochs, and proved to be."""
+"""The last layer frozen for the first epochs, with a check that it was."""
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dino_head._arguments import check_integer
-from dino_head.callbacks._access import find_submodule, local_part
-from dino_head.callbacks._find import MODULE, Record, Target, check_trainer, find_targets
-from dino_head.callbacks._step import AfterOptimizerStep
-from dino_head.prototypes import Prototypes, cancel_gradients
+from dino_head.callbacks._after_step import AfterOptimizerStep, find_submodule, local_part, refuse_deepspeed
+from dino_head.head import DINOProjectionHead
+from dino_head.prototypes import cancel_gradients
+
+MODULE = 'module="student.head"'  # how errors show the argument
 
 
 class FreezeLastLayerCallback(AfterOptimizerStep):
-    """Holds the last layer of DINO heads bitwise still for the first epochs or optimizer steps of a run.
+    """Keeps the last layer of DINO heads bitwise unchanged for the first epochs or optimizer steps of a run.
 
-    Without arguments it takes every `DINOProjectionHead` that has a trainable last layer, and each head's own
-    `freeze_last_layer`. (The authors freeze it for the first epoch: arXiv:2104.14294, their `--freeze_last_layer`.)
+    Without arguments it freezes the last layer of every `DINOProjectionHead` that can be trained, for the epochs of the
+    head's own `freeze_last_layer`. (The authors freeze it for one epoch: arXiv:2104.14294, their
+    `--freeze_last_layer`.)
 
-        FreezeLastLayerCallback()                                # as the heads say
-        FreezeLastLayerCallback(1)                               # one epoch, whatever the heads say
+        FreezeLastLayerCallback()                                # the limits of the heads
+        FreezeLastLayerCallback(1)                               # one epoch, whatever the limits of the heads
         FreezeLastLayerCallback(steps=500)                       # 500 optimizer steps
         FreezeLastLayerCallback(2, module="student.backbone")    # any other submodule
 
-    How: gradients are set to None in `on_after_backward`, before they are unscaled and clipped, so that optimizers
-    pass the layer by and the clip norm does not count it. `on_before_optimizer_step` is a second net, for a backward
-    that Lightning does not see; it warns once.
+    Gradients are set to None in `on_after_backward`, before they are unscaled and clipped, so optimizers skip the layer
+    and the clip norm does not count it. `on_before_optimizer_step` does the same after a backward that Lightning does
+    not see, and warns once.
 
-    Proof: the weights are compared by value, on all processes, after the first two frozen optimizer steps of a fit,
-    at the end of each frozen epoch, and when the freeze ends. What it saw is in `receipt`, and in the checkpoint.
+    The weights are compared by value, on all processes, after the first two frozen optimizer steps of a fit, at the end
+    of each frozen epoch, and when the freeze ends. The result is in `receipt`, and in the checkpoint.
 
     Args:
-        freeze_last_layer: epochs to freeze; None: each head's own number; -1 and 0 freeze nothing.
-        steps: optimizer steps to freeze, as `trainer.global_step` counts them (with several optimizers under manual
-            optimization each one's count). At most one of the two limits.
-        module: name of one submodule of the LightningModule. Of a `DINOProjectionHead` the last layer is frozen, of
-            any other module all parameters (buffers, such as running statistics, go on).
+        freeze_last_layer: Epochs to freeze; None: each head's own limit; -1 and 0 freeze nothing.
+        steps: Optimizer steps to freeze, as `trainer.global_step` counts them (with several optimizers under manual
+            optimization, the steps of each). At most one of the two limits.
+        module: Name of one submodule of the LightningModule. Of a `DINOProjectionHead` the last layer is frozen, of
+            any other module all parameters (buffers, such as running statistics, still change).
 
     Raises:
-        ValueError: both limits, or one out of range.
-        MisconfigurationException: when training starts, if the freeze could not take effect (nothing found, no limit,
-            no trainable parameter, a parameter in no optimizer, a strategy that hides gradients); during training, if
-            the layer moved, or if a whole freeze went by without a gradient to cancel.
+        ValueError: Both limits are set, or one is out of range.
+        MisconfigurationException: When training starts, if the freeze could not take effect: nothing found, no limit,
+            no trainable parameter, a parameter in no optimizer, a strategy that hides gradients. During training, if
+            the layer changed, or if a whole freeze passed without a gradient to cancel.
     """
 
     def __init__(
@@ -55,32 +58,31 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         super().__init__()
         if freeze_last_layer is not None and steps is not None:
             raise ValueError(
-                f"set one limit, got freeze_last_layer={freeze_last_layer!r} (epochs) and steps={steps!r}: "
-                "leave one of them out"
+                f"set one limit, got freeze_last_layer={freeze_last_layer!r} (epochs) and steps={steps!r}: omit one"
             )
         if freeze_last_layer is not None:
             check_integer("freeze_last_layer", freeze_last_layer, -1, " (epochs; -1 and 0 freeze nothing)")
         if steps is not None:
             check_integer("steps", steps, 0, " (optimizer steps)")
         if module == "":
-            raise ValueError("module must name a submodule, got '': leave it out to freeze the heads' last layers")
+            raise ValueError("module must name a submodule, got '': omit it to freeze the heads' last layers")
         self.freeze_last_layer = freeze_last_layer
         self.steps = steps
         self.module = module
-        self._targets: list[Target] = []
-        self._frozen: list[Target] = []  # those whose freeze has not ended
-        self._records: dict[str, Record] = {}
+        self._freezes: list[_Freeze] = []
+        self._running: list[_Freeze] = []  # those that have not ended
+        self._records: dict[str, _Record] = {}
         self._warned = False
 
     @property
     def receipt(self) -> str | None:
-        """What was frozen, for how long and how it was proved, once a freeze or the run has ended; before that None."""
+        """The frozen layers, for how long, and the last check; None before a freeze or the run has ended."""
         lines = [record.receipt for record in self._records.values() if record.receipt is not None]
         return "; ".join(lines) if lines else None
 
     @property
     def state_key(self) -> str:
-        """Made of the arguments, so that several of them get along in one Trainer."""
+        """Made of the arguments, so that a Trainer can have several of these callbacks."""
         return self._generate_state_key(freeze_last_layer=self.freeze_last_layer, steps=self.steps, module=self.module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,11 +91,9 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         return {**super().state_dict(), "records": records}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up the records of a run that goes on."""
+        """Continue with the records of a resumed run."""
         super().load_state_dict(state_dict)
-        self._records = {name: Record(**record) for name, record in state_dict["records"].items()}
-
-    # Hooks, in the order in which a run calls them.
+        self._records = {name: _Record(**record) for name, record in state_dict["records"].items()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget an earlier run, before a checkpoint is loaded."""
@@ -102,172 +102,251 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             self._records = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the modules, refuse what could not be kept, and note the weights that have to stay.
+        """Find the modules, raise an error if they could not be frozen, and copy their weights.
 
-        Here, not earlier: only now have strategy and checkpoint had their say on parameters and epoch.
+        Here and not earlier: the strategy and the checkpoint may have changed parameters and epoch.
         """
         has_limit = self.freeze_last_layer is not None or self.steps is not None
-        self._targets = find_targets(pl_module, self.module, has_limit)
-        self._frozen = []
-        for target in self._targets:
-            target.record = self._records.setdefault(target.name, Record(since=trainer.global_step))
-            target.taken_up_at = trainer.global_step
-            if self._is_frozen(target, trainer):
-                target.record.receipt = None  # of a run that ended inside the freeze
-                target.before = {name: value.clone() for name, value in _values(pl_module, target.name).items()}
-                self._frozen.append(target)
-            elif target.record.cancelled and target.record.receipt is None:
-                self._write_receipt(trainer, target)  # resumed from a checkpoint of the freeze's very end
-        if self._frozen:
-            check_trainer(trainer, self._frozen)
+        self._freezes = _find_freezes(pl_module, self.module, has_limit)
+        self._running = []
+        for freeze in self._freezes:
+            freeze.record = self._records.setdefault(freeze.name, _Record(since=trainer.global_step))
+            freeze.copied_at = trainer.global_step
+            if self._is_frozen(freeze, trainer):
+                freeze.record.receipt = None  # from a run that ended inside the freeze
+                freeze.before = {name: value.clone() for name, value in _values(pl_module, freeze.name).items()}
+                self._running.append(freeze)
+            elif freeze.record.cancelled and freeze.record.receipt is None:
+                self._write_receipt(trainer, freeze)  # resumed from a checkpoint of the freeze's last step
+        if self._running:
+            _check_trainer(trainer, self._running)
         super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End a freeze whose last epoch ended without a last batch: data may stop short of their announced length."""
-        self._release(trainer, pl_module)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Let frozen last layers spend nothing on gradients that would be cancelled."""
-        if self.steps is None or pl_module.automatic_optimization:  # else the freeze may end inside the batch
-            for target in self._frozen:
-                if isinstance(target.module, Prototypes):
-                    target.module.frozen = self._is_frozen(target, trainer)
+        """End a freeze whose last epoch had no last batch: data may be shorter than their announced length."""
+        self._end_freezes(trainer, pl_module)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cancel. The limit is read at each call: `trainer.current_epoch` is right here also after a resume."""
-        for target in self._frozen:
-            if self._is_frozen(target, trainer):
-                self._cancel(target, trainer)
+        """Cancel gradients; limits are read at each call, as `trainer.current_epoch` is right after a resume too."""
+        for freeze in self._running:
+            if self._is_frozen(freeze, trainer):
+                self._cancel(freeze, trainer)
         if self.steps is not None:
-            self._release(trainer, pl_module)  # under manual optimization the limit may fall inside a batch
+            self._end_freezes(trainer, pl_module)  # under manual optimization the limit may fall inside a batch
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Cancel what a backward without `on_after_backward` left."""
-        for target in self._frozen:
-            if target.has_gradient() and self._is_frozen(target, trainer):
-                self._cancel(target, trainer)
+        """Cancel gradients of a backward that did not call `on_after_backward`."""
+        for freeze in self._running:
+            if freeze.has_gradient() and self._is_frozen(freeze, trainer):
+                self._cancel(freeze, trainer)
                 if not self._warned:
                     self._warned = True
                     rank_zero_warn(
-                        f"the gradients of {target.name} were cancelled only right before the optimizer's step, after "
+                        f"the gradients of {freeze.name} were cancelled only right before the optimizer's step, after "
                         "any clipping of your own: call self.manual_backward(loss) instead of loss.backward()"
                     )
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Outside of training steps no layer is marked, so that no copy or pickle of one is."""
-        self._unmark()
-        super().on_train_batch_end(trainer, pl_module, *args)
-
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the step, compare after the first two, and end a freeze that is limited in steps."""
-        for target in self._frozen:
-            target.steps_of_this_fit += 1
-            if target.steps_of_this_fit <= 2:
-                self._compare(trainer, pl_module, target)
-        self._release(trainer, pl_module)
+        """Compare the weights after the first two steps, and end a freeze that is limited in steps."""
+        for freeze in self._running:
+            freeze.steps_of_this_fit += 1
+            if freeze.steps_of_this_fit <= 2:
+                self._compare(trainer, pl_module, freeze)
+        self._end_freezes(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare, and end a freeze whose last epoch this was (and was not cut short, by max_steps for instance)."""
-        self._unmark()  # of a batch that was left out
-        for target in self._frozen:
-            self._compare(trainer, pl_module, target)
-        self._release(trainer, pl_module, epochs_ahead=int(trainer.is_last_batch))
+        """Compare the weights, and end a freeze after its last epoch (unless max_steps, say, cut the epoch short)."""
+        for freeze in self._running:
+            self._compare(trainer, pl_module, freeze)
+        self._end_freezes(trainer, pl_module, epochs_ahead=int(trainer.is_last_batch))
         if self.steps:
             self.require_steps(trainer, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare and check also where the run ends before the freeze."""
-        for target in self._frozen:
-            self._compare(trainer, pl_module, target)
-            self._check_cancelled(trainer, target)
-            self._write_receipt(trainer, target, "still frozen when the run ended")
-        self._unmark()
-        self._frozen = []
+        """Compare the weights also where the run ends before the freeze."""
+        for freeze in self._running:
+            self._compare(trainer, pl_module, freeze)
+            self._check_cancelled(trainer, freeze)
+            self._write_receipt(trainer, freeze, "still frozen when the run ended")
+        self._running = []
         super().on_train_end(trainer, pl_module)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no layer marked that an interrupted step has left."""
-        self._unmark()
-        super().on_exception(trainer, pl_module, exception)
-
-    # What the hooks are made of.
-
-    def _is_frozen(self, target: Target, trainer: Trainer, epochs_ahead: int = 0) -> bool:
+    def _is_frozen(self, freeze: "_Freeze", trainer: Trainer, epochs_ahead: int = 0) -> bool:
         if self.steps is not None:
             return trainer.global_step < self.steps
-        limit = self.freeze_last_layer if target.head is None else target.head.freeze_last_layer
+        limit = self.freeze_last_layer if freeze.head is None else freeze.head.freeze_last_layer
         return limit is not None and trainer.current_epoch + epochs_ahead < limit
 
-    def _unmark(self) -> None:
-        for target in self._targets:
-            if isinstance(target.module, Prototypes):
-                target.module.frozen = False
-
-    def _cancel(self, target: Target, trainer: Trainer) -> None:
-        if not target.record.cancelled:
-            target.record.cancelled = target.has_gradient()
-        if target.head is None:
-            cancel_gradients(target.parameters)
+    def _cancel(self, freeze: "_Freeze", trainer: Trainer) -> None:
+        if not freeze.record.cancelled:
+            freeze.record.cancelled = freeze.has_gradient()
+        if freeze.head is None:
+            cancel_gradients(freeze.parameters)
         else:
-            target.head.cancel_last_layer_gradients(trainer.current_epoch)
+            freeze.head.cancel_last_layer_gradients(trainer.current_epoch)
 
-    def _compare(self, trainer: Trainer, pl_module: LightningModule, target: Target) -> None:
+    def _compare(self, trainer: Trainer, pl_module: LightningModule, freeze: "_Freeze") -> None:
         # By value: a version counter misses fused optimizers. All processes take part, so that all stop together.
-        now = _values(pl_module, target.name)
-        moved = now.keys() != target.before.keys() or any(
+        now = _values(pl_module, freeze.name)
+        has_changed = now.keys() != freeze.before.keys() or any(
             now[name].shape != before.shape or not torch.equal(now[name], before)
-            for name, before in target.before.items()
+            for name, before in freeze.before.items()
         )
-        if trainer.strategy.reduce_boolean_decision(moved, all=False):
+        if trainer.strategy.reduce_boolean_decision(has_changed, all=False):
             raise MisconfigurationException(
-                f"{target.name} moved while it was frozen (seen at optimizer step {trainer.global_step}). Something "
+                f"{freeze.name} changed while it was frozen (seen at optimizer step {trainer.global_step}). Something "
                 "other than the gradients that Lightning sees has written to it: a raw torch optimizer's step under "
-                "manual optimization (use self.optimizers() and self.manual_backward), a callback that puts gradients "
-                "or weights back, or code that replaces the module"
+                "manual optimization (use self.optimizers() and self.manual_backward), a callback that restores "
+                "gradients or weights, or code that replaces the module"
             )
-        target.record.compared_at = trainer.global_step
+        freeze.record.compared_at = trainer.global_step
 
-    def _release(self, trainer: Trainer, pl_module: LightningModule, epochs_ahead: int = 0) -> None:
-        for target in [target for target in self._frozen if not self._is_frozen(target, trainer, epochs_ahead)]:
-            if target.record.compared_at != trainer.global_step:
-                self._compare(trainer, pl_module, target)
-            self._check_cancelled(trainer, target)
-            self._frozen.remove(target)
-            self._write_receipt(trainer, target)
-            target.before = {}
+    def _end_freezes(self, trainer: Trainer, pl_module: LightningModule, epochs_ahead: int = 0) -> None:
+        for freeze in [freeze for freeze in self._running if not self._is_frozen(freeze, trainer, epochs_ahead)]:
+            if freeze.record.compared_at != trainer.global_step:
+                self._compare(trainer, pl_module, freeze)
+            self._check_cancelled(trainer, freeze)
+            self._running.remove(freeze)
+            self._write_receipt(trainer, freeze)
+            freeze.before = {}
 
-    def _check_cancelled(self, trainer: Trainer, target: Target) -> None:
+    def _check_cancelled(self, trainer: Trainer, freeze: "_Freeze") -> None:
         # A head that shares the layer, or another instance, may have cancelled first, and a process's shard may be
         # empty: one that cancelled is enough.
-        mine = {id(parameter) for parameter in target.parameters}
+        mine = {id(parameter) for parameter in freeze.parameters}
         cancelled = any(
             other.record.cancelled and not mine.isdisjoint(map(id, other.parameters))
             for callback in trainer.callbacks  # type: ignore[attr-defined]
             if isinstance(callback, FreezeLastLayerCallback)
-            for other in callback._targets
+            for other in callback._freezes
         )
         cancelled = trainer.strategy.reduce_boolean_decision(cancelled, all=False)
-        steps = trainer.global_step - target.record.since
+        steps = trainer.global_step - freeze.record.since
         if not cancelled and (steps > 0 or _has_unseen_steps(trainer)):
             raise MisconfigurationException(
-                f"{target.name} was frozen for {steps} optimizer steps, but never had a gradient to "
-                "cancel: it is not part of the loss, or was detached or set to requires_grad=False after training "
-                "started. Use it in the loss, or take the callback away"
+                f"{freeze.name} was frozen for {steps} optimizer steps, but never had a gradient to cancel: it is not "
+                "part of the loss, or was detached or set to requires_grad=False after training started. Use it in "
+                "the loss, or remove the callback"
             )
 
-    def _write_receipt(self, trainer: Trainer, target: Target, end: str = "released") -> None:
-        record, ranks = target.record, trainer.world_size
+    def _write_receipt(self, trainer: Trainer, freeze: "_Freeze", end: str = "released") -> None:
+        record, ranks = freeze.record, trainer.world_size
         steps = f"{trainer.global_step - record.since} optimizer steps"
         if _has_unseen_steps(trainer):
             steps = "unseen steps"
-        # The proof begins anew with the weights that a checkpoint brings, and the receipt claims no more.
-        resumed_inside = target.before and target.taken_up_at > record.since
-        resumed = f" (since step {target.taken_up_at}, where the run was resumed)" if resumed_inside else ""
+        # After a resume the comparison begins anew, with the weights of the checkpoint.
+        resumed_inside = freeze.before and freeze.copied_at > record.since
+        resumed = f" (since step {freeze.copied_at}, where the run was resumed)" if resumed_inside else ""
         record.receipt = (
-            f"{target.name} frozen for {steps}, bitwise unchanged on {ranks} of {ranks} ranks at step "
+            f"{freeze.name} frozen for {steps}, bitwise unchanged on {ranks} of {ranks} ranks at step "
             f"{record.compared_at}{resumed}, {end} at step {trainer.global_step}"
         )
         rank_zero_info(record.receipt)
+
+
+@dataclass
+class _Record:
+    """What was observed in one freeze; saved in the checkpoint."""
+
+    since: int = 0  # global step at which it began
+    cancelled: bool = False  # whether there was ever a gradient to cancel
+    compared_at: int = 0  # global step of the last comparison of values
+    receipt: str | None = None
+
+
+@dataclass
+class _Freeze:
+    """One module that is frozen for a while."""
+
+    name: str
+    head: DINOProjectionHead | None  # if the limit is the head's own
+    parameters: list[nn.Parameter]  # that can be trained
+    record: _Record = field(default_factory=_Record)
+    before: dict[str, Tensor] = field(default_factory=dict)  # this process's values when this fit began
+    copied_at: int = 0  # global step of those values
+    steps_of_this_fit: int = 0
+
+    def has_gradient(self) -> bool:
+        return any(parameter.grad is not None for parameter in self.parameters)
+
+
+def _find_freezes(pl_module: LightningModule, name: str | None, has_limit: bool) -> list[_Freeze]:
+    """The last layers of all heads, or the one named module; `has_limit`: the callback has a limit of its own."""
+    heads = [(path, found) for path, found in pl_module.named_modules() if isinstance(found, DINOProjectionHead)]
+    if name is not None:
+        chosen = find_submodule(pl_module, name, MODULE)
+        chosen = getattr(chosen, "_orig_mod", chosen)  # of torch.compile
+        if not isinstance(chosen, DINOProjectionHead):
+            if not has_limit:
+                raise MisconfigurationException(
+                    f"{name!r} is a {type(chosen).__name__}, which has no freeze_last_layer of its own: set a limit in "
+                    "the callback, freeze_last_layer=1 (epochs) or steps=500"
+                )
+            return _trainable([(name, chosen, None)])
+        heads = [(name, chosen)]
+    if not heads:
+        raise MisconfigurationException(
+            f"FreezeLastLayerCallback found no DINOProjectionHead in {type(pl_module).__name__}: make the head an "
+            'attribute of the module, or name a module to freeze, FreezeLastLayerCallback(1, module="head.last_layer")'
+        )
+    freezes = _trainable([(f"{path}.last_layer", head.last_layer, None if has_limit else head) for path, head in heads])
+    if not has_limit and all(freeze.head and freeze.head.freeze_last_layer == -1 for freeze in freezes):
+        raise MisconfigurationException(
+            f"FreezeLastLayerCallback would freeze nothing: {_names(freezes)} has freeze_last_layer=-1, the head's "
+            "default: set it on the head, DINOProjectionHead(..., freeze_last_layer=1), or on the callback "
+            "(0 freezes nothing without this error)"
+        )
+    return freezes
+
+
+def _trainable(modules: Sequence[tuple[str, nn.Module, DINOProjectionHead | None]]) -> list[_Freeze]:
+    """Freezes of the modules that have trainable parameters; a teacher's head has none."""
+    freezes = [
+        _Freeze(name, head, [parameter for parameter in module.parameters() if parameter.requires_grad])
+        for name, module, head in modules
+    ]
+    found = [freeze for freeze in freezes if freeze.parameters]
+    if not found:
+        raise MisconfigurationException(
+            f"{_names(freezes)} has no trainable parameter after the strategy's set-up: with FSDP use fully_shard "
+            "(ModelParallelStrategy) or use_orig_params=True, which keep the parameters in their modules; otherwise "
+            "let them require gradients (the callback does the freezing)"
+        )
+    return found
+
+
+def _check_trainer(trainer: Trainer, freezes: Sequence[_Freeze]) -> None:
+    """Raise an error under a Trainer in which cancelling gradients would not freeze, or would break something else."""
+    reason = f"keeps gradients outside of parameter.grad, so that those of {_names(freezes)} cannot be cancelled"
+    refuse_deepspeed(trainer, "FreezeLastLayerCallback", reason)
+    if getattr(trainer.strategy.model, "static_graph", False) and not trainer.lightning_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{_names(freezes)} cannot be frozen with static_graph=True under manual optimization, where gradients are "
+            "reduced after on_after_backward and must not be missing: use static_graph=False or automatic optimization"
+        )
+    frozen = {id(parameter): freeze.name for freeze in freezes for parameter in freeze.parameters}
+    optimized = [
+        {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for optimizer in trainer.optimizers
+    ]
+    # Without any, users step optimizers of their own, and only the comparison of values can notice them.
+    if optimized and not frozen.keys() <= set().union(*optimized):
+        name = next(name for key, name in frozen.items() if not any(key in keys for keys in optimized))
+        raise MisconfigurationException(
+            f"a parameter of {name} is in no optimizer, though it requires a gradient, and would never train: if it is "
+            "a teacher's, use teacher.requires_grad_(False); if it is the student's, pass all of its parameters to the "
+            "optimizer in configure_optimizers"
+        )
+    has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+    if has_scaler and any(keys <= frozen.keys() for keys in optimized):
+        raise MisconfigurationException(
+            f"an optimizer has no parameters but those of {_names(freezes)}, and a GradScaler stops with 'No inf "
+            "checks were recorded' at an optimizer without gradients: make them a parameter group of another optimizer"
+        )
+
+
+def _names(freezes: Sequence[_Freeze]) -> str:
+    return ", ".join(freeze.name for freeze in freezes)
 
 
 def _values(pl_module: LightningModule, name: str) -> dict[str, Tensor]:
@@ -276,6 +355,6 @@ def _values(pl_module: LightningModule, name: str) -> dict[str, Tensor]:
 
 
 def _has_unseen_steps(trainer: Trainer) -> bool:
-    """Whether batches were trained without a step that Lightning knows of: with a raw optimizer."""
+    """Whether batches were trained without a step that Lightning knows of, with a raw optimizer."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.total
     return trainer.global_step == 0 and batches.started > 0  # type: ignore[attr-defined]

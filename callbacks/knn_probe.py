@@ -1,4 +1,4 @@
-"""Accuracy of nearest neighbours while DINO trains."""
+"""The accuracy of nearest neighbours, while DINO trains."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,50 +7,50 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dino_head._arguments import check_integer, check_number
-from dino_head.callbacks._access import find_submodule
+from dino_head.callbacks._after_step import find_submodule
 from dino_head.callbacks._features import Loaders, evaluation, extract, labelled_loaders
 from dino_head.metrics import KNNAccuracy
 
 
 class KNNProbeCallback(Callback):
-    """Logs how well the k nearest neighbours of the teacher's features tell the labels, as `knn/top1`.
+    """Logs the accuracy of a k-nearest-neighbour vote on the teacher's features, as `knn/top1`.
 
         Trainer(callbacks=[KNNProbeCallback(train, test), ModelCheckpoint(monitor="knn/top1", mode="max"), ...])
 
-    The training samples vote on the test samples (`KNNAccuracy`); neither takes part in the training. Probed are the
-    first, each `every_n_epochs`th and the last epoch (by max_epochs or max_steps): in their validation, where
-    ModelCheckpoint looks for the value, else at their end. In between the value stays: give ModelCheckpoint and
-    EarlyStopping the same `every_n_epochs`, or see that they do not take it for that of later weights.
+    The training samples vote on the test samples (`KNNAccuracy`); DINO trains on neither. The probe runs in the first,
+    each `every_n_epochs`th and the last epoch (by max_epochs or max_steps): during validation, so that ModelCheckpoint
+    finds the value, or at the end of an epoch without one. The value stays until the next probe: use the same
+    `every_n_epochs` in ModelCheckpoint and EarlyStopping, or they take it for the value of later weights.
 
-    Batches are (inputs, labels), or (inputs, labels, groups) where samples of one patient, slide or scene are not to
-    vote for each other. The inputs are moved to the device and given to `module` as the loader has them (hooks such as
+    Batches are (inputs, labels), or (inputs, labels, groups): samples of one group (patient, slide, scene) do not vote
+    for each other. Inputs are moved to the device and passed to `module` as the loader yields them (hooks such as
     on_after_batch_transfer are not called), in evaluation mode and under the Trainer's precision. Several processes
     divide the work.
 
-    Training is bitwise the same with and without it: modes, random states and the order of training samples are left
-    alone (but for random numbers that a dataset keeps to itself and that training shares with the probe). What makes a
-    probe impossible (no labels, fewer voters than k, one class, features that are not finite, no data, an error while
-    they are loaded) is said in a warning, and training goes on without a value.
+    Training is bitwise the same with and without it: modes, random states and the order of training samples do not
+    change (except for random numbers of a dataset's own that training shares with the probe). If the probe cannot run
+    (no labels, fewer voters than k, one class, features that are not finite, no data, an error while loading), it warns
+    and training continues without a value.
 
     Args:
-        train: loader of labelled samples that vote, without augmentation; None: the datamodule's (or the
-            LightningModule's): the first of what its `knn_dataloaders()` gives, or else train_dataloader().
-        test: loader of labelled samples that are voted on; None: the second of knn_dataloaders(), or val_dataloader(),
-            or test_dataloader().
-        module: name of a submodule of the LightningModule that gives features (B, D), as `named_modules()` lists it;
+        train: Loader of labelled samples that vote, without augmentation; None: from the datamodule (or the
+            LightningModule), the first of its `knn_dataloaders()`, or else train_dataloader().
+        test: Loader of labelled samples that are voted on; None: the second of knn_dataloaders(), or else
+            val_dataloader(), or else test_dataloader().
+        module: Name of a submodule of the LightningModule that returns features (B, D), as `named_modules()` lists it;
             "" is the LightningModule itself, with its forward.
-        k: how many vote.
-        temperature: of their weights.
-        every_n_epochs: epochs from one probe to the next.
-        max_samples: about the most that are taken of each loader, spread evenly over it in whole batches. It bounds the
-            memory, to a few times max_samples x D x 4 bytes and 64 MiB of similarities.
+        k: Number of neighbours that vote.
+        temperature: Temperature of their weights.
+        every_n_epochs: Epochs from one probe to the next.
+        max_samples: Approximate maximum of samples from each loader, in whole batches spread evenly over it. It bounds
+            the memory, to a few times max_samples x D x 4 bytes and 64 MiB of similarities.
 
     Attributes:
-        history: of each probe `epoch`, `step` (optimizer steps) and `top1`. In checkpoints.
+        history: `epoch`, `step` (optimizer steps) and `top1` of each probe. In checkpoints.
 
     Raises:
-        ValueError: an argument out of range.
-        MisconfigurationException: when training starts: a module that is not there, or no data.
+        ValueError: An argument is out of range.
+        MisconfigurationException: When training starts: a module that does not exist, or no data.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class KNNProbeCallback(Callback):
         self.k, self.temperature = k, temperature
         self.every_n_epochs, self.max_samples = every_n_epochs, max_samples
         self.history: list[dict[str, float]] = []
-        self._loaders: Loaders | None = None  # while it trains
+        self._loaders: Loaders | None = None  # during training
         self._last: tuple[int, int] | None = None  # epoch and step of the last attempt
         self._warned: set[str] = set()
 
@@ -100,16 +100,16 @@ class KNNProbeCallback(Callback):
             self._loaders = labelled_loaders(trainer, self.train, self.test, type(self).__name__)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Probe where ModelCheckpoint will look for the value."""
+        """Probe before ModelCheckpoint reads the value."""
         self._probe(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Probe, if no validation has."""
+        """Probe, if this epoch had no validation."""
         if self._last != (trainer.current_epoch, trainer.global_step):
             self._probe(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the datamodule's loaders, and say what was found."""
+        """Drop the datamodule's loaders, and print the receipt."""
         self._loaders = None
         if self.receipt:
             rank_zero_info(self.receipt)
@@ -119,7 +119,7 @@ class KNNProbeCallback(Callback):
         return {"history": self.history, "receipt": self.receipt}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with them."""
+        """Continue with the accuracies of a resumed run."""
         self.history = state_dict["history"]
 
     def _probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,7 +134,7 @@ class KNNProbeCallback(Callback):
         except ValueError as error:
             if str(error) not in self._warned:
                 self._warned.add(str(error))
-                rank_zero_warn(f"knn/top1 has no value in epoch {epoch}, and training goes on: {error}")
+                rank_zero_warn(f"knn/top1 has no value in epoch {epoch}, and training continues: {error}")
             return
         self.history.append({"epoch": float(epoch), "step": float(trainer.global_step), "top1": top1})
         pl_module.log("knn/top1", top1, prog_bar=True, sync_dist=True)
@@ -142,7 +142,7 @@ class KNNProbeCallback(Callback):
     def _accuracy(self, trainer: Trainer, pl_module: LightningModule, loaders: Loaders) -> float:
         module = find_submodule(pl_module, self.module, "module=...")
         train, test = (extract(trainer, pl_module, module, loader, self.max_samples) for loader in loaders)
-        # Each process has all features, and so finds the same.
+        # Each process has all features, and computes the same value.
         knn = KNNAccuracy(
             train.features, train.labels, self.k, self.temperature, groups=train.groups, sync_on_compute=False
         ).to(pl_module.device)

@@ -4,40 +4,42 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from numbers import Integral
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dino_head.callbacks._horizon import OverTheRun
-from dino_head.callbacks._target import find_setters, is_number
+from dino_head.callbacks._after_step import AfterScheduledStep
+from dino_head.losses import DINOLoss
 from dino_head.schedules import cosine_schedule
 
+LEARNING_RATE = ("lr", "initial_lr", "learning_rate")
 
-class ScheduleCallback(OverTheRun):
+
+class ScheduleCallback(AfterScheduledStep):
     """Sets a number before each optimizer step: value = schedule(steps taken so far, steps of the whole run).
 
         ScheduleCallback("weight_decay", (0.04, 0.4))                      # DINO's cosine, in the optimizers' groups
         ScheduleCallback("loss.teacher_temp", lambda step, total: 0.04 if step < 500 else 0.07)
         ScheduleCallback("TeacherUpdateCallback.momentum", (0.99, 1.0))    # of all such callbacks
 
-    How: in `on_train_batch_start`, so that the forward pass, the optimizer and the teacher's update of one step see one
-    value, all micro-batches of an accumulation window the same. (The learning rate stays with a scheduler that
-    Lightning steps, `torch.optim.lr_scheduler.LambdaLR` over `cosine_schedule`.)
+    The value is set in `on_train_batch_start`, so the forward pass, the optimizer and the teacher's update of one step
+    use the same value, as do all micro-batches of an accumulation window. The learning rate stays with a scheduler that
+    Lightning steps: `torch.optim.lr_scheduler.LambdaLR` over `cosine_schedule`.
 
     Args:
-        target: an option of the optimizers' parameter groups, such as "weight_decay" (groups that begin with 0 keep
-            it); or the path of a number in the LightningModule, such as "loss.teacher_temp"; or "Callback.attribute"
+        target: An option of the optimizers' parameter groups, such as "weight_decay" (groups that begin with 0 keep
+            it); or the path of a number in the LightningModule, such as "loss.teacher_temp"; or "Callback.attribute",
             with the class of a callback of the Trainer.
-        schedule: (step, total_steps) -> value; or (start, end): a cosine from one to the other over the run.
-        total_steps: optimizer steps of the whole schedule; None: those of the run.
+        schedule: Function (step, total_steps) -> value; or a pair (start, end): a cosine between them over the run.
+        total_steps: Optimizer steps of the whole schedule; None: the length of the run.
 
     Raises:
-        ValueError: arguments that are no target, schedule or number of steps.
-        MisconfigurationException: when training starts: a target that is not there, the learning rate, a teacher
-            temperature that the loss warms up by itself, a run without an end, another length than that of the run
-            resumed; during training: a value that is no finite number.
+        ValueError: The arguments are no target, schedule or number of steps.
+        MisconfigurationException: When training starts: a target that does not exist, the learning rate, a teacher
+            temperature that the loss itself warms up, a run without an end, a run resumed with another length. During
+            training: a value that is no finite number.
     """
 
     def __init__(
@@ -57,22 +59,22 @@ class ScheduleCallback(OverTheRun):
         _check_arguments(schedule)
         self.target = target
         self.schedule = schedule
-        self._follows: list[list[bool]] = []  # for each optimizer's groups, where the target is an option of theirs
+        self._follows: list[list[bool]] = []  # of each optimizer's groups, if the target is one of their options
         self._setters: list[Callable[[float], None]] = []
-        self._set_for: int | None = None  # the step whose value is in place
+        self._set_for: int | None = None  # the step whose value is set
         self._first: float | None = None
         self._last: float | None = None
 
     @property
     def receipt(self) -> str | None:
-        """What was set, from which value to which; None before the first step."""
+        """The target with its first and its last value; None before the first step."""
         if self._first is None or self._last is None:
             return None
         return f"{self.target} from {self._first:.6g} to {self._last:.6g} in {self.progress()}"
 
     @property
     def state_key(self) -> str:
-        """Made of the target, so that several of them get along in one Trainer."""
+        """Made of the target, so that a Trainer can have several of these callbacks."""
         return self._generate_state_key(target=self.target)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -87,42 +89,118 @@ class ScheduleCallback(OverTheRun):
         self._find_target(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find it again: callbacks that unfreeze a backbone add parameter groups."""
+        """Find the target again: callbacks that unfreeze a backbone add parameter groups."""
         super().on_train_epoch_start(trainer, pl_module)
         self._find_target(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Set the value of the step to come."""
+        """Set the value of the next step."""
         if self._set_for == self.steps_taken:
             return
         assert self._horizon is not None
         value = self.schedule(self.steps_taken, self._horizon)
-        if not is_number(value) or not math.isfinite(value):
+        if not _is_number(value) or not math.isfinite(value):
             raise MisconfigurationException(
-                f"the schedule of {self.target!r} gave {value!r} for step {self.steps_taken} of {self._horizon}: it "
-                "must give a finite number"
+                f"the schedule of {self.target!r} returned {value!r} for step {self.steps_taken} of {self._horizon}: "
+                "it must return a finite number"
             )
         value = int(value) if isinstance(value, Integral) else float(value)
-        for put in self._setters:
-            put(value)
+        for set_value in self._setters:
+            set_value(value)
         self._set_for, self._last = self.steps_taken, float(value)
         if self._first is None:
             self._first = self._last
 
-    def _find_target(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._setters, self._set_for = find_setters(self.target, self._follows, trainer, pl_module), None
-
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The count is all; the next batch brings the next value."""
+        """Nothing beyond the count: the next batch sets the next value."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The count, the horizon, and what was set where."""
+        """The count, the length of the schedule, the groups that follow it, and the values for the receipt."""
         return {**super().state_dict(), "follows": self._follows, "first": self._first, "last": self._last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up those of a run that goes on."""
+        """Continue with the values of a resumed run."""
         super().load_state_dict(state_dict)
         self._follows, self._first, self._last = (state_dict[key] for key in ("follows", "first", "last"))
+
+    def _find_target(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path, _, name = self.target.rpartition(".")
+        if name in LEARNING_RATE:
+            raise MisconfigurationException(
+                "ScheduleCallback leaves the learning rate to a scheduler that Lightning steps: return "
+                'LambdaLR(optimizer, lambda step: cosine_schedule(...)) with "interval": "step" from '
+                "configure_optimizers"
+            )
+        if any(self.target in group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            groups = self._following_groups(trainer)
+            self._setters = [functools.partial(group.__setitem__, self.target) for group in groups]
+        else:
+            owners = self._owners(trainer, pl_module, path, name)
+            self._setters = [functools.partial(setattr, owner, name) for owner in owners]
+        self._set_for = None
+
+    def _following_groups(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """The optimizers' groups that do not begin with 0; decided once, as a schedule may pass through 0."""
+        following: list[dict[str, Any]] = []
+        for index, optimizer in enumerate(trainer.optimizers):
+            if index == len(self._follows):
+                self._follows.append([])
+            follows = self._follows[index]
+            for group in optimizer.param_groups[len(follows) :]:
+                value = group.get(self.target, 0.0)
+                if not _is_number(value):
+                    raise MisconfigurationException(
+                        f"ScheduleCallback sets numbers, but {self.target!r} of the optimizer's groups is of type "
+                        f"{type(value).__name__}: choose another option"
+                    )
+                follows.append(value != 0)
+            following += [group for group, is_chosen in zip(optimizer.param_groups, follows, strict=True) if is_chosen]
+        if not following:
+            raise MisconfigurationException(
+                f"ScheduleCallback found no parameter group with another {self.target!r} than 0, and groups with 0 "
+                f"keep it: give any other {self.target!r} to the groups that should follow the schedule"
+            )
+        return following
+
+    def _owners(self, trainer: Trainer, pl_module: LightningModule, path: str, name: str) -> list[Any]:
+        """The callbacks of the class `path`, or the object at this path in the module, that have the number `name`."""
+        owners: list[Any] = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if type(callback).__name__ == path and hasattr(callback, name)
+        ] or [_follow_path(pl_module, path)]
+        for owner in owners:
+            value = getattr(owner, name, None)
+            is_unset = isinstance(owner, Callback) and hasattr(owner, name) and value is None
+            if not _is_number(value) and not is_unset:
+                groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+                options = {key for group in groups for key, option in group.items() if _is_number(option)}
+                raise MisconfigurationException(
+                    f"ScheduleCallback found no number {self.target!r} (there is "
+                    f"{'nothing' if value is None else f'a {type(value).__name__}'}): choose an option of the "
+                    f"optimizers ({', '.join(sorted(options.difference(LEARNING_RATE)))}), the path of a number in "
+                    f'{type(pl_module).__name__}, such as "loss.teacher_temp" of a DINOLoss named loss, or '
+                    '"Callback.attribute" of a callback of the Trainer'
+                )
+            if isinstance(owner, DINOLoss) and name == "teacher_temp" and owner.warmup_teacher_temp_epochs:
+                raise MisconfigurationException(
+                    f"{self.target!r} has a warm-up over {owner.warmup_teacher_temp_epochs} epochs of its own: keep "
+                    "one of the two schedules, DINOLoss(..., warmup_teacher_temp_epochs=0)"
+                )
+        return owners
+
+
+def _follow_path(pl_module: LightningModule, path: str) -> Any:
+    owner: Any = pl_module
+    for part in path.split(".") if path else ():
+        owner = getattr(owner, part, None)
+        owner = getattr(owner, "_orig_mod", owner)  # of torch.compile
+    return owner
+
+
+def _is_number(value: object) -> TypeGuard[Real]:
+    """Whether the value is a number of Python or NumPy, and no bool."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _cosine(step: int, total_steps: int, *, start: float, end: float) -> float:
@@ -130,7 +208,7 @@ def _cosine(step: int, total_steps: int, *, start: float, end: float) -> float:
 
 
 def _check_pair(schedule: object) -> None:
-    if not isinstance(schedule, (tuple, list)) or len(schedule) != 2 or not all(map(is_number, schedule)):
+    if not isinstance(schedule, (tuple, list)) or len(schedule) != 2 or not all(map(_is_number, schedule)):
         raise ValueError(
             f"schedule must be a function of (step, total_steps) or a pair of numbers (start, end), got {schedule!r}"
         )
@@ -144,4 +222,6 @@ def _check_arguments(schedule: Callable[..., Any]) -> None:
     try:
         signature.bind(0, 1)
     except TypeError as error:
-        raise ValueError(f"schedule must be a function of (step, total_steps), got another one: {error}") from None
+        raise ValueError(
+            f"schedule must be a function of (step, total_steps), but {schedule!r} takes other arguments: {error}"
+        ) from None

@@ -7,48 +7,49 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dino_head._arguments import check_number
-from dino_head.callbacks._access import local_part, refuse_deepspeed
-from dino_head.callbacks._horizon import OverTheRun
+from dino_head.callbacks._after_step import AfterScheduledStep, find_submodule, local_part, refuse_deepspeed
 from dino_head.callbacks._losses import GuardedLosses
-from dino_head.callbacks._pairs import find_parameters
 from dino_head.schedules import cosine_schedule
 
+PAIRS = 'pairs=(("student", "teacher"),)'  # how errors show the argument
 
-class TeacherUpdateCallback(OverTheRun):
-    """Moves all of the teacher's side after each optimizer step, once (arXiv:2104.14294, section 3.1).
+
+class TeacherUpdateCallback(AfterScheduledStep):
+    """Updates the teacher and the center once after each optimizer step (arXiv:2104.14294, section 3.1).
 
         teacher <- m teacher + (1 - m) student,  m: cosine from base_momentum to final_momentum over the run
-        center of each DINOLoss:  moved by the logits of all micro-batches of the step
+        center of each DINOLoss:  updated with the logits of all micro-batches of the step
 
-    Parameters are averaged. Buffers are not: in train mode the teacher's batch norm follows the teacher's own batches,
-    as in the authors' code. A step that a GradScaler skips moves nothing; its logits count for the next center.
+    Parameters are averaged, buffers are not: in train mode the teacher's batch norm follows the teacher's own batches,
+    as in the authors' code. A step that a GradScaler skips updates nothing; its logits count for the next center.
 
-    How: in `on_train_batch_end`, after the optimizer and before ModelCheckpoint, so that a checkpoint at any step holds
-    the teacher of that step. While it trains, the callback also looks at each value of a DINOLoss (on a GPU this waits
-    for the forward pass; a compiled loss has a graph break there) and stops before a NaN reaches the weights.
+    The update runs in `on_train_batch_end`, after the optimizer and before ModelCheckpoint, so a checkpoint at any step
+    contains the teacher of that step. During training the callback also checks each value of a DINOLoss and stops
+    before a NaN reaches the weights. On a GPU the check waits for the forward pass; a compiled loss gets a graph break.
 
     Args:
-        pairs: names of the (student, teacher) submodules of the LightningModule. What they leave out of a teacher never
-            moves.
+        pairs: Names of the (student, teacher) submodules of the LightningModule. Parts of a teacher outside of the
+            pairs are never updated.
         base_momentum: m at the first update, in [0, 1].
         final_momentum: m at the end of the run, in [0, 1].
-        total_steps: optimizer steps of the cosine; None: those of the run.
-        allow_different_weights: a run may begin with a teacher that does not equal the student, to go on with weights
-            from elsewhere.
+        total_steps: Optimizer steps of the cosine; None: the length of the run.
+        allow_different_weights: Whether a run may begin with a teacher that differs from the student, for weights that
+            were trained elsewhere.
 
     Raises:
-        ValueError: an argument out of range.
-        MisconfigurationException: when training starts: a name that is not there, a pair of different structure, one
+        ValueError: An argument is out of range.
+        MisconfigurationException: When training starts: a name that does not exist, a pair of different structure, one
             object as both, weights that differ, a teacher that requires gradients, is in bf16 or fp16, or is sharded
-            otherwise than the student, DeepSpeed, a run without an end, another length than that of the run resumed;
-            during training: parameters that were replaced.
-        FloatingPointError: a loss that is not finite; it says which side and the likely cause.
+            unlike the student, DeepSpeed, a run without an end, a run resumed with another length. During training:
+            parameters that were replaced.
+        FloatingPointError: The loss is not finite; the message names the side and the likely cause.
     """
 
-    momentum: float | None = None  # for the next update, in place of the cosine; ScheduleCallback may set it
+    momentum: float | None = None  # of the next update, instead of the cosine; ScheduleCallback may set it
 
     def __init__(
         self,
@@ -74,11 +75,11 @@ class TeacherUpdateCallback(OverTheRun):
         self._teachers: list[Tensor] = []
         self._losses: GuardedLosses | None = None
         self._ranks, self._centers = 1, 0
-        self._is_checked = False  # that the parameters are still the module's once a step was made
+        self._is_checked = False  # whether the parameters were still the module's after the first step
 
     @property
     def receipt(self) -> str | None:
-        """What was moved, how often, and with which momentum; None before the first update."""
+        """The updated modules, the number of updates and the last momentum; None before the first update."""
         if not self.steps_taken:
             return None
         names = ", ".join(f"{teacher} followed {student}" for student, teacher in self.pairs)
@@ -90,17 +91,17 @@ class TeacherUpdateCallback(OverTheRun):
 
     @property
     def last_momentum(self) -> float | None:
-        """M of the last update; None before the first."""
+        """Momentum m of the last update; None before the first."""
         return self._momentum_of(self.steps_taken - 1) if self.steps_taken else None
 
     @property
     def state_key(self) -> str:
-        """Made of the pairs, so that several of them get along in one Trainer."""
+        """Made of the pairs, so that a Trainer can have several of these callbacks."""
         return self._generate_state_key(pairs=self.pairs)
 
     @property
     def needs_horizon(self) -> bool:
-        """A constant momentum needs none."""
+        """Whether the momentum changes over the run."""
         return self.base_momentum != self.final_momentum
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -110,7 +111,7 @@ class TeacherUpdateCallback(OverTheRun):
             self.momentum = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find pairs and losses, and refuse what could not be averaged."""
+        """Find pairs and losses, and raise an error if they cannot be averaged."""
         refuse_deepspeed(trainer, type(self).__name__, "may keep parameters outside of their modules")
         self._parameters = find_parameters(pl_module, self.pairs)
         self._students = [local_part(student) for student, _ in self._parameters]
@@ -125,9 +126,9 @@ class TeacherUpdateCallback(OverTheRun):
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Take charge of the losses, for the time of the batch."""
+        """Guard the losses during the batch."""
         if self._losses is not None:
-            self._losses.take()
+            self._losses.guard()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Update, if an optimizer stepped."""
@@ -137,7 +138,7 @@ class TeacherUpdateCallback(OverTheRun):
 
     @torch.no_grad()
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Average all pairs in one foreach lerp (equal weights stay bitwise equal), and move the centers."""
+        """Average all pairs in one foreach lerp (equal weights stay bitwise equal), and update the centers."""
         update = self.steps_taken - 1
         if not self._is_checked:
             self._check_current(pl_module)
@@ -147,9 +148,9 @@ class TeacherUpdateCallback(OverTheRun):
             self._losses.apply_center_updates()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a teacher that would never move, or that is no longer the module's."""
+        """Raise an error if no step was seen, or if the teacher's parameters are no longer the module's."""
         if self._losses is not None:
-            self._losses.release()  # of a batch that was left out
+            self._losses.release()  # after a batch that was skipped
         self.require_steps(trainer, self.steps_taken)
         self._check_current(pl_module)
 
@@ -157,7 +158,7 @@ class TeacherUpdateCallback(OverTheRun):
         super()._unhook()
         if self._losses is not None:
             self._losses.release()
-            self._losses.forget()
+            self._losses.discard()
         self._losses = None
         self._parameters, self._students, self._teachers = [], [], []
 
@@ -173,8 +174,8 @@ class TeacherUpdateCallback(OverTheRun):
         differ = not all(map(torch.equal, self._students, self._teachers))
         if trainer.strategy.reduce_boolean_decision(differ, all=False):
             raise MisconfigurationException(
-                f"the run begins with a teacher that differs from the student ({self.pairs}): they are one network at "
-                "the start of DINO, teacher = copy.deepcopy(student). If both were loaded from elsewhere, say so with "
+                f"the run begins with a teacher that differs from the student ({self.pairs}), but DINO begins with two "
+                "equal networks: teacher = copy.deepcopy(student). If both were trained elsewhere, allow it with "
                 "TeacherUpdateCallback(allow_different_weights=True)"
             )
 
@@ -186,7 +187,7 @@ class TeacherUpdateCallback(OverTheRun):
                 if not mine.isdisjoint(theirs):
                     raise MisconfigurationException(
                         f"two TeacherUpdateCallbacks, of {self.pairs} and {other.pairs}, would average the same "
-                        "parameters of a teacher twice a step: let each have teachers of its own"
+                        "parameters of a teacher twice a step: give them pairs without a common teacher"
                     )
 
     def _check_current(self, pl_module: LightningModule) -> None:
@@ -197,6 +198,59 @@ class TeacherUpdateCallback(OverTheRun):
             for ours, theirs in zip(*pair, strict=True)
         ):
             raise MisconfigurationException(
-                f"parameters of {self.pairs} were replaced since training began, so that the teacher would no longer "
-                "follow: copy new values into them instead, parameter.data.copy_(...)"
+                f"parameters of {self.pairs} were replaced since training began, so the teacher would no longer follow "
+                "the student: copy new values into the old parameters instead, parameter.data.copy_(...)"
             )
+
+
+def find_parameters(pl_module: LightningModule, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tensor, Tensor]]:
+    """(student, teacher) of each parameter of the teachers, once, after checking that the two fit."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for names in pairs:
+        student, teacher = (
+            {
+                name.replace("_orig_mod.", ""): parameter  # torch.compile may have wrapped one side alone
+                for name, parameter in find_submodule(pl_module, side, PAIRS).named_parameters()
+            }
+            for side in names
+        )
+        for name in student | teacher:
+            _check_pair(f"{name!r} of {names}", student.get(name), teacher.get(name))
+            student_of_teacher, _ = found.setdefault(id(teacher[name]), (student[name], teacher[name]))
+            if student_of_teacher is not student[name]:
+                raise MisconfigurationException(
+                    f"{name!r} of {names} is in another pair as well, with another student: a parameter of a teacher "
+                    "can follow one student alone"
+                )
+    return list(found.values())
+
+
+def _check_pair(which: str, student: Tensor | None, teacher: Tensor | None) -> None:
+    remedy = "make the teacher with copy.deepcopy(student)"
+    if student is None or teacher is None or student.shape != teacher.shape:
+        raise MisconfigurationException(
+            f"student and teacher must have equal structure, but {which} is "
+            f"{'missing' if student is None else tuple(student.shape)} in the student and "
+            f"{'missing' if teacher is None else tuple(teacher.shape)} in the teacher: {remedy}"
+        )
+    if student is teacher:
+        raise MisconfigurationException(f"{which} is one and the same parameter in both: {remedy}")
+    if teacher.dtype in (torch.bfloat16, torch.float16):
+        raise MisconfigurationException(
+            f"{which} is {teacher.dtype} in the teacher, which rounds steps of 1 - momentum away, so it would never "
+            "change: keep the parameters in float32, with precision='bf16-mixed' or '16-mixed'"
+        )
+    if student.dtype != teacher.dtype:
+        raise MisconfigurationException(
+            f"{which} is {student.dtype} in the student and {teacher.dtype} in the teacher: {remedy}"
+        )
+    if teacher.requires_grad:
+        raise MisconfigurationException(
+            f"{which} requires a gradient in the teacher, which only follows: teacher.requires_grad_(False)"
+        )
+    is_sharded = isinstance(student, DTensor), isinstance(teacher, DTensor)
+    if is_sharded[0] != is_sharded[1] or local_part(student).shape != local_part(teacher).shape:
+        raise MisconfigurationException(
+            f"{which} is sharded in another way in the teacher than in the student: apply fully_shard to both sides "
+            "alike, with reshard_after_forward=True, as updates of a teacher that stays gathered would be lost"
+        )

@@ -1,6 +1,6 @@
-"""Checks that you run against your own LightningModule and data, to learn what breaks the method.
+"""Checks to run on your own LightningModule and data, which find what breaks the method.
 
-    def make():  # anew for each run: the module, its training data, and the callbacks
+    def make():  # for each run: a new module, its training data, and the callbacks
         module = Mine()
         return module, torch.utils.data.DataLoader(data, batch_size=16), [TeacherUpdateCallback()]
 
@@ -8,10 +8,10 @@
     assert_accumulation_invariant(make)
     assert_resume_invariant(make)
 
-Each trains for a few steps on the CPU unless told otherwise (`accelerator="gpu"` and any other argument of the
-Trainer), and raises an AssertionError that says what differs, by how much, and what usually causes it. The module is a
-`lightning.pytorch` one; the training data may be whatever `Trainer.fit` takes, a LightningDataModule as well, but an
-iterable of batches for `assert_accumulation_invariant`.
+Each check trains for a few steps, by default on the CPU (`accelerator="gpu"` and any other argument of the Trainer
+change that). It raises an AssertionError that names what differs, by how much, and the usual causes. The module is a
+`lightning.pytorch` one. The training data are anything that `Trainer.fit` takes, a LightningDataModule as well; for
+`assert_accumulation_invariant` they are an iterable of batches.
 """
 
 import random
@@ -32,9 +32,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from dino_head._arguments import check_integer
-from dino_head.callbacks._access import find_submodule
-from dino_head.callbacks._pairs import PAIRS
-from dino_head.callbacks._step import AfterOptimizerStep
+from dino_head.callbacks._after_step import AfterOptimizerStep, find_submodule
+from dino_head.callbacks.teacher_update import PAIRS
 
 Make = Callable[[], tuple[LightningModule, Any, Sequence[Callback]]]
 
@@ -44,22 +43,22 @@ __all__ = ["assert_accumulation_invariant", "assert_resume_invariant", "assert_t
 def assert_accumulation_invariant(
     make: Make, *, parts: int = 4, steps: int = 3, rtol: float = 1e-4, atol: float = 1e-6, **trainer_options: Any
 ) -> None:
-    """A batch in `parts` micro-batches that are accumulated leads to the same weights, teacher and center.
+    """Check that a batch and its accumulated micro-batches lead to the same weights, teacher and center.
 
-    It cannot hold with batch norm, dropout or random augmentation, which see the micro-batches one by one: leave them
-    out of the module that `make` gives.
+    They cannot with batch norm, dropout or random augmentation, which act on each micro-batch by itself: check a module
+    without them.
 
     Args:
-        make: the module, its training data (here an iterable of batches) and the callbacks, anew at each call.
-        parts: micro-batches of a batch; its number of samples must be a multiple.
-        steps: optimizer steps of each run.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
-        trainer_options: of the Trainer.
+        make: Function that returns a new module, its training data (here an iterable of batches) and the callbacks.
+        parts: Number of micro-batches in a batch; must divide its number of samples.
+        steps: Optimizer steps of each run.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        trainer_options: Arguments of the Trainer.
 
     Raises:
-        AssertionError: the runs differ.
-        ValueError: batches that cannot be split.
+        AssertionError: The runs differ.
+        ValueError: The batches cannot be split.
     """
     check_integer("parts", parts, 2)
     states = []
@@ -68,60 +67,59 @@ def assert_accumulation_invariant(
         module, data, callbacks = make()
         batches = [part for batch in islice(data, steps) for part in _split(batch, number)]
         if not batches:
-            raise ValueError("the training data hold no batch: give at least one")
+            raise ValueError("the training data hold no batch: make() must return at least one")
         options = {"max_epochs": 1, "accumulate_grad_batches": number, **trainer_options}
         _trainer(callbacks, **options).fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
         states.append(module.state_dict())
     hint = (
-        "something moves once a micro-batch instead of once an optimizer step (a teacher or center that is updated in "
-        "training_step: use TeacherUpdateCallback), is random, or sees other samples of the batch"
+        "something is updated once a micro-batch instead of once an optimizer step (a teacher or center in "
+        "training_step: use TeacherUpdateCallback), is random, or depends on other samples of the batch"
     )
     norms = [name for name, submodule in module.named_modules() if isinstance(submodule, _BatchNorm)]
     if norms:
         hint = (
-            f"batch norm ({', '.join(norms[:3])}), whose statistics are those of a micro-batch. It cannot hold with "
-            f"it: check a module without, also in the head, DINOProjectionHead(..., batch_norm=False). Else: {hint}"
+            f"batch norm ({', '.join(norms[:3])}), which takes its statistics from a micro-batch. Check a module "
+            f"without it, in the head as well, DINOProjectionHead(..., batch_norm=False). Otherwise {hint}"
         )
     _assert_equal(states[0], states[1], f"one batch and {parts} accumulated micro-batches", hint, rtol, atol)
 
 
-def assert_resume_invariant(make: Make, *, epochs: int = 2, mid_epoch: bool = True, **trainer_options: Any) -> None:
-    """A run that was stopped and resumed ends bitwise like the uninterrupted one: weights, optimizers, callbacks.
+def assert_resume_invariant(make: Make, *, mid_epoch: bool = True, **trainer_options: Any) -> None:
+    """Check that a resumed run ends bitwise like an uninterrupted one: weights, optimizers, callbacks.
 
     Args:
-        make: the module, its training data and the callbacks, anew at each call.
-        epochs: of each run; the data are to have at least two batches.
-        mid_epoch: whether to resume in the middle of the last epoch as well, for which Lightning needs data that can
-            go on from there; else after an epoch alone.
-        trainer_options: of the Trainer.
+        make: Function that returns a new module, its training data (at least two batches) and the callbacks.
+        mid_epoch: Whether to resume in the middle of the last epoch as well, for which Lightning needs data that can
+            continue from there; False resumes at the end of an epoch alone.
+        trainer_options: Arguments of the Trainer; two epochs unless they set `max_epochs`.
 
     Raises:
-        AssertionError: the runs differ.
-        ValueError: an epoch of one optimizer step, which has no middle.
+        AssertionError: The runs differ.
+        ValueError: The epochs have one optimizer step, so they have no middle.
     """
-    check_integer("epochs", epochs, 2)
+    options = {"max_epochs": 2, **trainer_options}
     with tempfile.TemporaryDirectory() as folder:
         keep_all = {"save_top_k": -1, "every_n_train_steps": 1, "filename": "{step}"}
         every = _Keep(folder, save_on_train_epoch_end=False, **keep_all)  # type: ignore[arg-type]
         ends = _Keep(folder, save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True, filename="end-{step}")
-        expected = _final_state(make, 0, epochs, [every, ends], None, trainer_options)
+        expected = _final_state(make, 0, [every, ends], None, options)
         *_, end, last = [-1, *_steps_of(folder, "end-step=*.ckpt")]
         inside = [step for step in _steps_of(folder, "step=*.ckpt") if end < step < last]
         if end < 0 or (mid_epoch and not inside):
             raise ValueError(
-                f"{last} optimizer steps in {epochs} epochs leave no middle of an epoch to resume from: give more "
-                "batches, and step optimizers that Lightning knows"
+                f"{last} optimizer steps in {options['max_epochs']} epochs leave no middle of an epoch to resume from: "
+                "use more batches or epochs, and step optimizers that Lightning knows"
             )
         files = {"at an epoch's end": f"end-step={end}.ckpt"}
         if mid_epoch:
             files["in the middle of an epoch"] = f"step={inside[0]}.ckpt"
         for where, file in files.items():
-            # From another random state, which is what a new process would begin with.
-            resumed = _final_state(make, 1, epochs, [], Path(folder) / file, trainer_options)
+            # With another random state, as in a new process.
+            resumed = _final_state(make, 1, [], Path(folder) / file, options)
             hint = (
-                "state outside of the checkpoint. Random order, augmentation and dropout have to follow from (seed, "
-                "rank, epoch, batch), as Lightning saves no random state; and the data have to begin at the batch "
-                "where the run was stopped: see derived_seed and ResumableLoader in the project's examples/data.py"
+                "state outside of the checkpoint. Random order, augmentation and dropout must follow from (seed, rank, "
+                "epoch, batch), as Lightning saves no random state; and the data must begin at the batch where the run "
+                "was stopped: see dino_head.derived_seed and dino_head.vision.ResumableLoader"
             )
             _assert_equal(expected, resumed, f"an uninterrupted run and one resumed {where}", hint, 0.0, 0.0)
 
@@ -129,18 +127,20 @@ def assert_resume_invariant(make: Make, *, epochs: int = 2, mid_epoch: bool = Tr
 def assert_teacher_follows(
     make: Make, *, pairs: Sequence[tuple[str, str]] = (("student", "teacher"),), **trainer_options: Any
 ) -> None:
-    """The teacher begins as the student and is moved once after each optimizer step, all of it by one momentum.
+    """Check that the teacher begins equal to the student and is averaged once after each optimizer step.
 
-    That there is such a momentum in [0, 1] is found from the weights before and after the step, whoever moves them:
-    teacher <- m teacher + (1 - m) student.
+    The check needs no callback: it looks for one momentum m in [0, 1] that explains all weights before and after the
+    step, teacher <- m teacher + (1 - m) student.
 
     Args:
-        make: the module, its training data and the callbacks, anew at each call.
-        pairs: names of the (student, teacher) submodules.
-        trainer_options: of the Trainer; two micro-batches are accumulated unless they say otherwise.
+        make: Function that returns a new module, its training data and the callbacks.
+        pairs: Names of the (student, teacher) submodules.
+        trainer_options: Arguments of the Trainer; two micro-batches are accumulated unless they set
+            `accumulate_grad_batches`.
 
     Raises:
-        AssertionError: the teacher does not begin as the student, requires gradients, moves otherwise or not at all.
+        AssertionError: The teacher does not begin equal to the student, requires gradients, changes in another way or
+            not at all.
     """
     _seed(0)
     module, data, callbacks = make()
@@ -148,28 +148,30 @@ def assert_teacher_follows(
     accumulate = 2 if module.automatic_optimization else 1
     options = {"max_epochs": 1, "accumulate_grad_batches": accumulate, **trainer_options}
     _trainer([*callbacks, follow], **options).fit(module, data)
-    assert follow.moves, "the teacher never moved: add TeacherUpdateCallback() to the Trainer's callbacks"
+    assert follow.updates, "the teacher never changed: add TeacherUpdateCallback() to the Trainer's callbacks"
 
 
 class _Keep(ModelCheckpoint):
-    """Apart from those that the user has."""
+    """A class of its own, so that its state key differs from the user's checkpoints."""
 
 
 class _Follow(AfterOptimizerStep):
-    """Compares the teachers after each batch with what one momentum for all would have made of them."""
+    """Compares the teachers after each batch with an average by one momentum."""
 
     receipt = None
 
     def __init__(self, pairs: Sequence[tuple[str, str]]) -> None:
         super().__init__()
-        self.pairs, self.moves = pairs, 0
+        self.pairs, self.updates = pairs, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for student, teacher in self.pairs:
             ours, theirs = (_parameters(find_submodule(pl_module, name, PAIRS)) for name in (student, teacher))
             assert ours.keys() == theirs.keys(), f"{student!r} and {teacher!r} have parameters of other names"
             differ = [name for name in ours if not torch.equal(ours[name], theirs[name])]
-            assert not differ, f"{teacher!r} does not begin as {student!r}: {differ[:3]} differ, use copy.deepcopy"
+            assert not differ, (
+                f"{teacher!r} does not begin equal to {student!r}: {differ[:3]} differ, use copy.deepcopy"
+            )
             required = [
                 name for name, p in find_submodule(pl_module, teacher, PAIRS).named_parameters() if p.requires_grad
             ]
@@ -181,9 +183,9 @@ class _Follow(AfterOptimizerStep):
         steps = self.steps_taken
         super().on_train_batch_end(trainer, pl_module, *args)
         assert self.steps_taken > steps or torch.equal(self._teachers(pl_module), self._before), (
-            f"the teacher moved before the end of batch {trainer.fit_loop.batch_idx}, which took no optimizer step: "
-            "move it in a callback alone (TeacherUpdateCallback), not in training_step, and not in the module's own "
-            "on_train_batch_end, which comes after ModelCheckpoint has saved"
+            f"the teacher changed before the end of batch {trainer.fit_loop.batch_idx}, which took no optimizer step: "
+            "update it in a callback alone (TeacherUpdateCallback), not in training_step, and not in the module's own "
+            "on_train_batch_end, which runs after ModelCheckpoint has saved"
         )
 
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -196,18 +198,18 @@ class _Follow(AfterOptimizerStep):
         way, moved = student - self._before, after - self._before
         share = ((moved @ way) / (way @ way)).item() if way.any() else 0.0  # 1 - m
         assert -1e-6 <= share <= 1 + 1e-6, (
-            f"at optimizer step {trainer.global_step} the teacher moved by {share:.4g} times its way to the student: "
-            "a momentum outside of [0, 1], or a teacher that is moved before the optimizer's step"
+            f"at optimizer step {trainer.global_step} the teacher moved by {share:.4g} times its distance to the "
+            "student: a momentum outside of [0, 1], or a teacher that is updated before the optimizer's step"
         )
         rounding = 4 * torch.finfo(torch.float32).eps * torch.maximum(self._before.abs(), student.abs())
-        of_share = rounding.norm() / way.norm() if way.any() else 0.0  # the most that rounding may change it by
+        of_share = rounding.norm() / way.norm() if way.any() else 0.0  # the largest effect of rounding on it
         off = (moved - share * way).abs() - rounding - of_share * way.abs()
         assert (off <= 0).all(), (
-            f"at optimizer step {trainer.global_step} {int((off > 0).sum())} of {off.numel()} weights of the teacher "
-            f"are not where one momentum ({1 - share:.6g}) would bring them: it is moved before the optimizer's step, "
-            "more than once, or in part"
+            f"after optimizer step {trainer.global_step}, {int((off > 0).sum())} of {off.numel()} weights of the "
+            f"teacher differ from an average by one momentum ({1 - share:.6g}): it is updated before the optimizer's "
+            "step, more than once, or in part"
         )
-        self.moves += bool(moved.any())
+        self.updates += bool(moved.any())
 
     def _teachers(self, pl_module: LightningModule) -> Tensor:
         return torch.cat([_flat(find_submodule(pl_module, name, PAIRS)) for _, name in self.pairs])
@@ -215,7 +217,7 @@ class _Follow(AfterOptimizerStep):
 
 def _seed(seed: int) -> None:
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - what a user's augmentation may draw from
+    np.random.seed(seed)  # noqa: NPY002 - a user's augmentation may draw from it
     torch.manual_seed(seed)
 
 
@@ -244,7 +246,7 @@ def _trainer(callbacks: Sequence[Callback], **options: Any) -> Trainer:
 
 
 def _split(batch: Any, parts: int) -> list[Any]:
-    """A batch of tensors in any nesting -> `parts` of it; what has no samples goes to each part."""
+    """A batch of tensors in any nesting -> `parts` of it; each part gets the tensors without dimensions."""
     sizes: list[int] = []
 
     def part(tensor: Tensor, index: int) -> Tensor:
@@ -257,20 +259,20 @@ def _split(batch: Any, parts: int) -> list[Any]:
 
     split = [apply_to_collection(batch, Tensor, part, index=index) for index in range(parts)]
     if not sizes:
-        raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor of samples: give batches of tensors")
+        raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor of samples: use batches of tensors")
     return split
 
 
 def _final_state(
-    make: Make, seed: int, epochs: int, savers: list[ModelCheckpoint], ckpt_path: Path | None, options: dict[str, Any]
+    make: Make, seed: int, savers: list[ModelCheckpoint], ckpt_path: Path | None, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """What is to be equal at the end of a run."""
+    """The states that must be equal at the end of a run."""
     _seed(0)
     module, data, callbacks = make()
     _seed(seed)
-    trainer = _trainer([*callbacks, *savers], max_epochs=epochs, **options)
+    trainer = _trainer([*callbacks, *savers], **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's about callbacks and loaders: here the values decide
+        warnings.simplefilter("ignore")  # Lightning's, about callbacks and loaders: here the values decide
         trainer.fit(module, data, ckpt_path=ckpt_path)
     return {
         "module": module.state_dict(),
@@ -288,4 +290,4 @@ def _assert_equal(expected: Any, given: Any, which: str, hint: str, rtol: float,
     try:
         torch.testing.assert_close(given, expected, rtol=rtol, atol=atol)
     except AssertionError as error:
-        raise AssertionError(f"{which} differ at the end. {error}\nWhat usually causes it: {hint}") from None
+        raise AssertionError(f"{which} differ at the end. {error}\nUsual causes: {hint}") from None

@@ -1,11 +1,11 @@
-"""What the statistics of a run say, in words: is it a collapse, and which knob is to be turned?"""
+"""Diagnosis of a run from its statistics, in words: the kind of collapse, and the option to change."""
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import SupportsFloat
 
-# The cases in which a run is lost; the others may be as they should.
+# The cases in which a run is lost; the others may be harmless.
 COLLAPSES = ("not finite", "teacher does not follow", "one-hot collapse", "uniform teacher", "dimensional collapse")
 
 UNIFORM = 0.98  # of ln K
@@ -17,30 +17,30 @@ LARGE_LOSS, LARGE_K = 0.8, 4096  # of ln K; prototypes
 
 
 def diagnose(statistics: Mapping[str, SupportsFloat]) -> str | None:
-    """Name what is wrong with a run, with its numbers and the knob to turn; None if nothing is.
+    """Name the problem of a run, with its numbers and the option to change; None if there is no problem.
 
     Average the statistics over some hundred steps: untrained networks look like collapsed ones, and a healthy run needs
-    some time to leave that state. The cases, in the order in which they are looked for:
+    some time to leave that state. The cases, in the order in which they are checked:
 
     - not finite: any of the values;
-    - teacher does not follow: its weights stayed bitwise what they were while the student's moved;
-    - one-hot collapse: an effective number of prototypes below 2 (1.5 of two), so that all images get the same one;
+    - teacher does not follow: its weights stayed bitwise unchanged while the student's changed;
+    - one-hot collapse: a prototype perplexity below 2 (1.5 of two), so that all images get the same prototype;
     - uniform teacher: its entropy and the student's are above 0.98 ln K;
     - dimensional collapse: RankMe below 2;
-    - dead prototypes: fewer than 5% of those that so many rows could have reached win for any. With images of few
-      kinds that is no harm;
-    - no collapse: a loss above 0.8 ln K that moves by less than 1%, with K >= 4096, and none of the above. That loss is
-      the teacher's own entropy, which grows with K.
+    - dead prototypes: fewer than 5% of the prototypes that as many random rows would reach win for any row. This is
+      harmless for images of few kinds;
+    - no collapse: a loss above 0.8 ln K that changes by less than 1%, with K >= 4096, and none of the above. Most of
+      that loss is the teacher's own entropy, which grows with K.
 
     Args:
-        statistics: what `DINOStatistics.compute` gives, and as far as known `rankme`, `loss_change` (relative, of the
-            loss over the time looked at) and `teacher_follows` (0 if its weights stayed what they were in that time
-            while the student's moved, else 1). Cases whose values are missing are not looked for.
+        statistics: Values of `DINOStatistics.compute`, and as far as known `rankme`, `loss_change` (relative change of
+            the loss over the time measured) and `teacher_follows` (0 if the teacher's weights stayed unchanged in that
+            time while the student's changed, else 1). Cases whose values are missing are not checked.
 
     Returns:
-        "<case>: <what is seen>. <What to do>."
+        "<case>: <observation>. <Remedy>."
 
-    >>> diagnose({"teacher_entropy": 6.23, "teacher_entropy_per_lnK": 0.999, "student_entropy_per_lnK": 1.0})[:15]
+    >>> diagnose({"teacher_entropy": 6.23, "teacher_entropy_normalized": 0.999, "student_entropy_normalized": 1.0})[:15]
     'uniform teacher'
     """
     # A missing value is NaN, and no comparison with it holds.
@@ -61,36 +61,36 @@ def diagnose(statistics: Mapping[str, SupportsFloat]) -> str | None:
 def _teacher_stands(seen: Mapping[str, float]) -> str | None:
     if seen["teacher_follows"] == 0:
         return (
-            "teacher does not follow: its weights are bitwise what they were, and the student's have moved. Add "
+            "teacher does not follow: its weights are bitwise unchanged, while the student's have changed. Add "
             "TeacherUpdateCallback to the Trainer, with pairs that name this teacher, and a momentum below 1"
         )
     return None
 
 
 def _one_hot(seen: Mapping[str, float]) -> str | None:
-    if seen["prototypes_effective"] < min(FEW_PROTOTYPES, 0.75 * seen["output_dim"]):
+    if seen["prototype_perplexity"] < min(FEW_PROTOTYPES, 0.75 * seen["output_dim"]):
         return (
-            f"one-hot collapse: all images get the same prototype (effective number {seen['prototypes_effective']:.2f} "
+            f"one-hot collapse: all images get the same prototype (effective number {seen['prototype_perplexity']:.2f} "
             f"of {seen['output_dim']:.0f}, teacher entropy {seen['teacher_entropy']:.3f} nats, KL {seen['kl']:.3f}). "
-            "Check that the center moves (center_momentum below 1, the loss in train mode) or use "
-            "centering='sinkhorn', raise the teacher temperature (teacher_temp), and go on from a checkpoint of before"
+            "Check that the center is updated (center_momentum below 1, the loss in train mode) or use "
+            "centering='sinkhorn', raise the teacher temperature (teacher_temp), and resume from an earlier checkpoint"
         )
     return None
 
 
 def _uniform(seen: Mapping[str, float]) -> str | None:
-    if seen["teacher_entropy_per_lnK"] > UNIFORM and seen["student_entropy_per_lnK"] > UNIFORM:
+    if seen["teacher_entropy_normalized"] > UNIFORM and seen["student_entropy_normalized"] > UNIFORM:
         images = ""
         if seen["rankme"] < LOW_RANK:
             images = (
                 f"The effective rank of the embeddings is {seen['rankme']:.2f}: look at a batch first, its images may "
-                "be all the same after normalisation. "
+                "all be the same after normalisation. "
             )
         return (
             f"uniform teacher: its entropy is {seen['teacher_entropy']:.4f} nats, "
-            f"{seen['teacher_entropy_per_lnK']:.3f} ln K, and the student agrees, so that the loss stays at ln K and "
-            f"nothing is learnt. {images}Lower the teacher temperature (teacher_temp; the authors begin with 0.04), "
-            "and check that teacher and student are not the same object. In the first epochs it may pass by itself, "
+            f"{seen['teacher_entropy_normalized']:.3f} ln K, and the student agrees, so that the loss stays at ln K "
+            f"and nothing is learnt. {images}Lower the teacher temperature (teacher_temp; the authors start at 0.04), "
+            "and check that teacher and student are not the same object. In the first epochs it may resolve itself "
             "once the learning rate has warmed up"
         )
     return None
@@ -111,19 +111,19 @@ def _dead_prototypes(seen: Mapping[str, float]) -> str | None:
     reachable = count * -math.expm1(rows * math.log1p(-1 / count)) if count > 1 else math.nan  # by as many random draws
     if used < DEAD * reachable:
         return (
-            f"dead prototypes: {used:.0f} of {count:.0f} win for any of {rows:.0f} rows, where {reachable:.0f} could "
-            "have. If the images are of more kinds than that, freeze the last layer for longer or use "
-            "centering='sinkhorn'; otherwise it is no harm, and a smaller output_dim saves time"
+            f"dead prototypes: {used:.0f} of {count:.0f} win for any of {rows:.0f} rows, where random ones would reach "
+            f"{reachable:.0f}. If the images are of more kinds than that, freeze the last layer for longer or use "
+            "centering='sinkhorn'; otherwise it is harmless, and a smaller output_dim saves time"
         )
     return None
 
 
 def _large_k(seen: Mapping[str, float]) -> str | None:
-    is_flat = seen["loss_per_lnK"] > LARGE_LOSS and abs(seen["loss_change"]) < FLAT
+    is_flat = seen["loss_normalized"] > LARGE_LOSS and abs(seen["loss_change"]) < FLAT
     if is_flat and seen["output_dim"] >= LARGE_K:
         return (
-            f"no collapse: the loss of {seen['loss']:.2f} nats is flat at {seen['loss_per_lnK']:.2f} ln K because K = "
-            f"{seen['output_dim']:.0f} is large: {seen['teacher_entropy']:.2f} of it are the teacher's own entropy, "
+            f"no collapse: the loss of {seen['loss']:.2f} nats is flat at {seen['loss_normalized']:.2f} ln K because K "
+            f"= {seen['output_dim']:.0f} is large: {seen['teacher_entropy']:.2f} of it are the teacher's own entropy, "
             f"which no student can lower, and {seen['kl']:.2f} are KL, in which it learns. Watch KL and kNN; a lower "
             "teacher temperature or fewer prototypes lower the entropy"
         )

@@ -4,6 +4,7 @@ Sizes: D bottleneck width, K prototypes; `...` is any number of leading dimensio
 """
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +18,18 @@ Block = tuple[int, int, nn.Module | None, nn.Module | None]
 
 
 class ProjectionHead(nn.Module):
-    """An MLP: for each block a Linear, then its norm and its activation where given.
+    """An MLP: for each block a Linear, then its norm and its activation if there are any.
 
-    Its input may have any number of leading dimensions: (B, in), (B, N, in) and more. Batch norm takes its
+    The input may have any number of leading dimensions: (B, in), (B, N, in) and more. Batch norm computes its
     statistics over all of them.
 
     Args:
-        blocks: `(in, out, norm module or None, activation or None)` for each layer; the `out` of one is the `in`
+        blocks: `(in, out, norm module or None, activation or None)` for each layer; the `out` of a block is the `in`
             of the next.
-        bias: None gives a Linear that batch norm follows no bias and any other one; True and False force it for
-            all layers.
+        bias: Whether Linear layers have a bias. By default, only those without batch norm after them have one.
 
     Raises:
-        ValueError: no block, a width that is no positive integer, or neighbours that do not fit.
+        ValueError: no block, a width that is no positive integer, or adjacent widths that differ.
 
     >>> head = ProjectionHead([(384, 512, nn.BatchNorm1d(512), nn.GELU()), (512, 64, None, None)])
     >>> head(torch.randn(2, 10, 384)).shape
@@ -39,13 +39,13 @@ class ProjectionHead(nn.Module):
     def __init__(self, blocks: Sequence[Block], *, bias: bool | None = None) -> None:
         super().__init__()
         if not blocks:
-            raise ValueError("blocks must hold at least one (in, out, norm, activation), got none")
+            raise ValueError("blocks must hold at least one (in, out, norm, activation), got an empty sequence")
         for i, (width_in, width_out, _, _) in enumerate(blocks):
             check_integer(f"the input width of block {i}", width_in, 1)
             check_integer(f"the output width of block {i}", width_out, 1)
             if i > 0 and width_in != blocks[i - 1][1]:
                 raise ValueError(
-                    f"block {i} expects inputs of width {width_in}, but block {i - 1} gives {blocks[i - 1][1]}: "
+                    f"block {i} expects inputs of width {width_in}, got {blocks[i - 1][1]} from block {i - 1}: "
                     "make the output width of a block the input width of the next"
                 )
         layers: list[nn.Module] = []
@@ -60,8 +60,8 @@ class ProjectionHead(nn.Module):
         """Features (..., in) -> projections (..., out).
 
         Raises:
-            ValueError: wrong width, an input that is not floating point, or a single sample where batch norm in
-                training needs at least two.
+            ValueError: a wrong width, an input that is not floating point, or a single sample if there is batch norm
+                in training mode.
         """
         self._check_input(x)
         y: Tensor = self.layers(x.reshape(-1, self.input_dim))
@@ -81,8 +81,8 @@ class ProjectionHead(nn.Module):
             isinstance(layer, _BatchNorm) and layer.training for layer in self.layers
         ):
             raise ValueError(
-                f"batch norm in training needs at least 2 samples to take statistics over, got shape {shape}: "
-                "use a larger batch (drop_last=True avoids a small last one), batch_norm=False, or eval()"
+                f"batch norm in training mode needs at least 2 samples, got shape {shape}: use a larger batch "
+                "(drop_last=True avoids a small last one), batch_norm=False, or eval()"
             )
 
 
@@ -96,16 +96,17 @@ class DINOProjectionHead(ProjectionHead):
         logits = z @ prototypes.T                 (..., K)
 
     Args:
-        input_dim: The width of the backbone's features.
-        hidden_dim: The width of the MLP's hidden layers.
-        bottleneck_dim: The width D of the bottleneck, the MLP's output.
-        output_dim: The number K of prototypes, the head's output.
-        batch_norm: Whether batch norm follows each hidden Linear. (The authors' ViTs train without.)
-        freeze_last_layer: The epochs for which `FreezeLastLayerCallback` holds the last layer; -1 and 0: none.
-        norm_last_layer: True for prototypes of unit norm, False for trainable norms, None for a plain linear map,
+        input_dim: Width of the backbone's features.
+        hidden_dim: Width of the hidden layers of the MLP.
+        bottleneck_dim: Width D of the bottleneck, the output of the MLP.
+        output_dim: Number K of prototypes, the output of the head.
+        batch_norm: Whether batch norm follows each hidden Linear. (The authors train ViTs without it.)
+        freeze_last_layer: Number of epochs for which `FreezeLastLayerCallback` freezes the last layer; -1 and 0 for
+            none.
+        norm_last_layer: True for prototypes of unit norm, False for trainable norms, None for a plain linear map
             without weight norm (DINOv3).
-        num_layers: The number of Linear layers of the MLP, the one to the bottleneck included.
-        bias: Whether Linear layers have a bias; None: those that batch norm follows have none.
+        num_layers: Number of Linear layers of the MLP, including the one to the bottleneck.
+        bias: Whether Linear layers have a bias. By default, only those without batch norm after them have one.
 
     Raises:
         ValueError: a size or `num_layers` that is no positive integer, or `freeze_last_layer` < -1.
@@ -166,26 +167,38 @@ class DINOProjectionHead(ProjectionHead):
                 layer.reset_parameters()
         self.last_layer.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Features (..., input_dim) -> logits (..., K)."""
-        return self.factored_logits(x).logits()
+    @overload
+    def forward(self, x: Tensor, *, factored: Literal[False] = False) -> Tensor: ...
 
-    def factored_logits(self, x: Tensor) -> FactoredLogits:
-        """Features (..., input_dim) -> unit vectors (..., D) and prototypes (K, D), not yet multiplied.
+    @overload
+    def forward(self, x: Tensor, *, factored: Literal[True]) -> FactoredLogits: ...
 
-        Under `fully_shard` call it inside the sharded module's forward, or register it on the sharded head with
-        `torch.distributed.fsdp.register_fsdp_forward_method(head, "factored_logits")`.
+    def forward(self, x: Tensor, *, factored: bool = False) -> Tensor | FactoredLogits:
+        """Features (..., input_dim) -> logits (..., K), or their factors.
+
+        Args:
+            x: Features (..., input_dim).
+            factored: Whether to return FactoredLogits; `factored_logits` sets it.
         """
         h = super().forward(x)
         # float16 has no 1e-12: it would be 0, and a zero vector would become NaN.
         z = F.normalize(h, dim=-1, eps=1e-6 if h.dtype == torch.float16 else 1e-12)
-        return self.last_layer.factored(z)
+        out = self.last_layer.factored(z)
+        return out if factored else out.logits()
+
+    def factored_logits(self, x: Tensor) -> FactoredLogits:
+        """Features (..., input_dim) -> unit vectors (..., D) and prototypes (K, D), not yet multiplied.
+
+        It calls the module, so that hooks, `head.compile()` and `fully_shard` act as they do for `head(x)`.
+        """
+        factored: FactoredLogits = self(x, factored=True)
+        return factored
 
     def cancel_last_layer_gradients(self, current_epoch: int) -> None:
         """Set the gradients of the last layer to None while `current_epoch < freeze_last_layer`.
 
-        Call it between backward and the optimizer's step; `FreezeLastLayerCallback` does. The layer then stays
-        bitwise as it is, whatever the optimizer's weight decay and momentum.
+        Call it between backward and the optimizer's step, as `FreezeLastLayerCallback` does. The layer then stays
+        bitwise unchanged, whatever the optimizer's weight decay and momentum.
         """
         if current_epoch < self.freeze_last_layer:
             cancel_gradients(self.last_layer.parameters())

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_head._arguments import check_integer, check_number
-from dino_head.functional import Logits, dino_loss, output_dim, sinkhorn_center, stacked, sum_logits
-from dino_head.prototypes import FactoredLogits
+from dino_head.functional import dino_loss, sinkhorn_center
+from dino_head.functional._outputs import Logits, Outputs, as_outputs
 from dino_head.schedules import teacher_temperature
 
 
@@ -23,24 +23,24 @@ class DINOLoss(nn.Module):
         loss = mean over t != s and the batch of  H(softmax((teacher_t - c) / tau_t), softmax(student_s / tau_s))
         c <- m c + (1 - m) mean of the teacher's logits
 
-    Both sides as logits, or as `FactoredLogits`: the same loss and gradients, without the logits in memory.
+    Both sides are logits, or both `FactoredLogits`: the same loss and gradients without the logits in memory.
 
-    In training each call moves the center `c` after the loss is computed, by the mean over the samples of all
-    processes; in evaluation mode it stays. The center is float32 whatever the model's precision, and part of the
-    state dict. With `defer_center_update = True` a call only adds up its logits, and `apply_center_update()` moves the
-    center by all that were added since the last one: once an optimizer step under gradient accumulation.
+    In training mode each call updates the center `c` after computing the loss, with the mean over the samples of all
+    processes; in evaluation mode it stays. The center is float32 whatever the model's precision, and part of the state
+    dict. With `defer_center_update = True` a call only adds its logits to a sum, and `apply_center_update()` updates
+    the center with everything added since the last update: once per optimizer step under gradient accumulation.
 
-    `centering="sinkhorn"` has no center but spreads each batch evenly over the prototypes, see `sinkhorn_center`: over
-    the samples of all processes, so that every process has to call it, in evaluation as well.
+    `centering="sinkhorn"` has no center. It spreads each batch evenly over the prototypes (`sinkhorn_center`), across
+    the samples of all processes, so that every process has to call the loss, in evaluation mode as well.
 
     Args:
-        output_dim: The number K of prototypes.
-        warmup_teacher_temp: The teacher's temperature in epoch 0.
-        teacher_temp: The teacher's temperature after the warm-up.
-        warmup_teacher_temp_epochs: The epochs of the linear warm-up, see `teacher_temperature`.
-        student_temp: The student's temperature.
-        center_momentum: The share m, in [0, 1], of the old center in the new one.
-        centering: The teacher's targets, "mean", or "sinkhorn" (3 iterations; DINOv2, arXiv:2304.07193).
+        output_dim: Number K of prototypes.
+        warmup_teacher_temp: Temperature of the teacher in epoch 0.
+        teacher_temp: Temperature of the teacher after the warm-up.
+        warmup_teacher_temp_epochs: Length of the linear warm-up in epochs, see `teacher_temperature`.
+        student_temp: Temperature of the student.
+        center_momentum: Share m of the old center in the new one, in [0, 1].
+        centering: Targets of the teacher, "mean" or "sinkhorn" (3 iterations; DINOv2, arXiv:2304.07193).
 
     Raises:
         ValueError: a size, temperature or momentum out of range, or another centering.
@@ -86,8 +86,8 @@ class DINOLoss(nn.Module):
         self.centering = centering
         has_center = centering == "mean"
         self.register_buffer("center", torch.zeros(1, 1, output_dim) if has_center else None)
-        # (K + 1,): sums of logits and, behind them, how many: one reduction for both. No buffer, as DDP would
-        # overwrite it with the first process's.
+        # (K + 1,): the sum of logits and, behind it, their number, so that one reduction does for both. It is no
+        # buffer, because DDP would overwrite it with that of the first process.
         self._collected: Tensor | None = None
 
     def forward(
@@ -96,56 +96,54 @@ class DINOLoss(nn.Module):
         """Outputs of the teacher (T, B, K) and the student (S, B, K) -> loss in nats, a scalar.
 
         Args:
-            teacher_out: logits of the T teacher views, a list of them, or FactoredLogits with z (T, B, D); no gradient
-                flows into them.
-            student_out: the same of the S student views, the teacher's first, in the same order.
-            epoch: the current epoch, for the teacher's temperature; None: the final one.
-            teacher_temp: overrides the temperature, for a schedule by step.
+            teacher_out: Logits of the T teacher views, a list of them, or FactoredLogits with z (T, B, D); they get no
+                gradient.
+            student_out: Outputs of the same kind of the S student views, the teacher's first, in the same order.
+            epoch: Current epoch, for the teacher's temperature; None for the final temperature.
+            teacher_temp: Temperature of the teacher that overrides `epoch`, for a schedule by step.
 
         Raises:
             ValueError: kinds, shapes or types that do not fit, no pair of different views, or a temperature <= 0.
         """
         if teacher_temp is None:
             teacher_temp = self.temperature(epoch)
-        teacher_out = stacked(teacher_out)
-        if output_dim(teacher_out) != self.output_dim:
+        teacher = as_outputs(teacher_out)
+        if teacher.output_dim != self.output_dim:
             raise ValueError(
                 f"the loss was made for {self.output_dim} prototypes (output_dim), got a teacher with "
-                f"{output_dim(teacher_out)}: give loss and head the same output_dim"
+                f"{teacher.output_dim}: give loss and head the same output_dim"
             )
-        center = self.center_for(teacher_out, teacher_temp)
-        loss = dino_loss(
-            teacher_out, student_out, center=center, teacher_temp=teacher_temp, student_temp=self.student_temp
-        )
+        center = self.center_for(teacher, teacher_temp)
+        loss = dino_loss(teacher, student_out, center=center, teacher_temp=teacher_temp, student_temp=self.student_temp)
         if self.training:
-            self._collect(teacher_out)
+            self._collect(teacher)
             if not self.defer_center_update:
                 self.apply_center_update()
         return loss
 
     def temperature(self, epoch: int | None = None) -> float:
-        """The teacher's temperature in an epoch; None: the final one."""
+        """Temperature of the teacher in an epoch; None for the final one."""
         return teacher_temperature(epoch, self.warmup_teacher_temp, self.teacher_temp, self.warmup_teacher_temp_epochs)
 
     def center_for(self, teacher_out: Logits, teacher_temp: float) -> Tensor:
-        """What is subtracted from these logits of the teacher: the center, or with sinkhorn the batch's own, (K,)."""
+        """Center to subtract from these logits of the teacher; with Sinkhorn the batch's own, (K,)."""
         if self.center is not None:
             return self.center
         return sinkhorn_center(teacher_out, teacher_temp, reduce=_logsumexp_of_processes)
 
     @torch.no_grad()
     def apply_center_update(self) -> None:
-        """Move the center by the logits of all training calls since the last update, on all processes.
+        """Update the center with the logits of all training calls since the last update, on all processes.
 
-        Without any it stays. A training call does this by itself unless `defer_center_update` is set. All processes
-        have to call it.
+        Without such calls the center stays. A training call does this by itself unless `defer_center_update` is set.
+        All processes have to call it.
         """
         if self.center is None:
             return
         check_number("center_momentum", self.center_momentum, 0, 1)  # it may be scheduled
         collected, self._collected = self._collected, None
         if _has_processes():
-            if collected is None:  # the others may have some
+            if collected is None:  # the other processes may have some
                 collected = self.center.new_zeros(self.output_dim + 1)
             dist.all_reduce(collected)
         if collected is not None:
@@ -154,14 +152,13 @@ class DINOLoss(nn.Module):
             self.center.lerp_(mean, 1 - self.center_momentum)
 
     @torch.no_grad()
-    def _collect(self, teacher_out: Tensor | FactoredLogits) -> None:
+    def _collect(self, teacher: Outputs) -> None:
         if self.center is not None:
-            views, samples, _ = (teacher_out if isinstance(teacher_out, Tensor) else teacher_out.z).shape
-            sums = F.pad(sum_logits(teacher_out), (0, 1), value=views * samples)
+            sums = F.pad(teacher.sum_of_logits(), (0, 1), value=teacher.views * teacher.samples)
             self._collected = sums if self._collected is None else self._collected + sums
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DINOLoss":
-        # `.half()` and friends move the center with the module but leave it float32.
+        # `.half()` and the like move the center to the module's device but leave it float32.
         before = self.center
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if before is not None and self.center is not None and self.center.dtype != torch.float32:

@@ -12,16 +12,16 @@ from torch import Tensor
 def multicrop_forward(module: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> Tensor:
     """Run `module` once for each resolution among the views.
 
-    Views of one resolution go through as one batch, so that the module runs twice for two global and eight local
-    crops, and its batch norm takes its statistics over all views of a resolution (as in Caron et al. 2021,
-    appendix D and their code).
+    Views of one resolution form one batch, so that the module runs twice for two global and eight local crops, and its
+    batch norm computes its statistics over all views of a resolution (as in Caron et al. 2021, appendix D and their
+    code).
 
     Args:
-        module: maps (N, C, H, W), or inputs of any other trailing shape, to (N, D).
+        module: Function from (N, C, H, W), or from inputs of any other trailing shape, to (N, D).
         views: V tensors (B, C, H, W); H and W may differ between them.
 
     Returns:
-        (V, B, D): the outputs in the order of the views.
+        Outputs (V, B, D) in the order of the views.
 
     Raises:
         ValueError: no view, or views with different numbers of samples.
@@ -31,7 +31,7 @@ def multicrop_forward(module: Callable[[Tensor], Tensor], views: Sequence[Tensor
     torch.Size([3, 4, 3])
     """
     if not views:
-        raise ValueError("views must hold at least one tensor (B, C, H, W), got none")
+        raise ValueError("views must hold at least one tensor (B, C, H, W), got an empty sequence")
     if len({len(view) for view in views}) > 1:
         shapes = [tuple(view.shape) for view in views]
         raise ValueError(f"every view must hold the same B samples, got shapes {shapes}")

@@ -1,4 +1,4 @@
-"""What is decayed and what is not."""
+"""Parameter groups for optimizers."""
 
 from typing import Any
 
@@ -11,15 +11,15 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     """Trainable parameters for an optimizer: matrices with weight decay, everything else without.
 
     Biases, the scales and offsets of norms and all other parameters of one dimension are not decayed, as in the
-    authors' code (arXiv:2104.14294). Nor is `weight_g`, the norms of the prototypes, which is a scale as well; the
-    authors decay it where it is trainable.
+    authors' code (arXiv:2104.14294). Neither is `weight_g`, the norms of the prototypes, which is a scale as well; the
+    authors decay it if it is trainable.
 
     Args:
-        module: its trainable parameters are taken, each once.
-        weight_decay: >= 0, of the matrices.
+        module: Module whose trainable parameters are grouped, each once.
+        weight_decay: Weight decay of the matrices, >= 0.
 
     Returns:
-        At most two groups, none of them empty. Groups of several modules can be joined, and given more options:
+        At most two groups, none of them empty. Groups of several modules can be joined and extended by options:
         `[*parameter_groups(backbone, 0.04), *({**group, "lr": 1e-4} for group in parameter_groups(head, 0.04))]`.
 
     Raises:
@@ -37,8 +37,8 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
             (matrices if is_decayed else others).append(parameter)
     if not matrices and not others:
         raise ValueError(
-            f"{type(module).__name__} has no trainable parameter: pass the student, or let its parameters require "
-            "gradients (FreezeLastLayerCallback does the freezing)"
+            f"{type(module).__name__} has no trainable parameter: pass the student, or call "
+            "module.requires_grad_(True) (FreezeLastLayerCallback does the freezing)"
         )
     groups = [{"params": matrices, "weight_decay": float(weight_decay)}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

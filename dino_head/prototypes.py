@@ -4,7 +4,7 @@ Sizes: D bottleneck width, K prototypes.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,12 @@ from torch.nn import functional as F
 class FactoredLogits(NamedTuple):
     """Logits that are not multiplied yet: `z @ prototypes.T`.
 
-    The logits of many views and many prototypes are the largest tensor of a DINO step; whoever can work without
-    them takes this.
+    The logits of many views and many prototypes are the largest tensor of a DINO step. Losses and metrics accept their
+    factors instead, to avoid materialising them.
 
     Args:
-        z: unit vectors, shape (..., D).
-        prototypes: effective weights of the last layer, shape (K, D).
+        z: Unit vectors (..., D).
+        prototypes: Effective weights of the last layer, (K, D).
 
     >>> factored = FactoredLogits(torch.ones(2, 5, 8), torch.ones(32, 8))
     >>> factored.logits().shape
@@ -39,7 +39,7 @@ def weight_norm(weight_v: Tensor, weight_g: Tensor) -> Tensor:
 
     w_k = g_k v_k / ||v_k||, Salimans and Kingma 2016 (arXiv:1602.07868), equation 2.
     """
-    # The fused kernel is private, so it may go away; the formula behind it gives the same figures, slower.
+    # The fused kernel is private and may disappear; the formula behind it gives the same values, slower.
     kernel: Callable[[Tensor, Tensor, int], Tensor] | None = getattr(torch, "_weight_norm", None)
     if kernel is None:
         norms: Tensor = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True)
@@ -48,45 +48,32 @@ def weight_norm(weight_v: Tensor, weight_g: Tensor) -> Tensor:
 
 
 class Prototypes(nn.Module):
-    """A last layer: K prototypes that score unit vectors, a linear map without bias.
-
-    While `frozen` (a plain attribute, not in the state dict) the prototypes are detached, so that whoever uses them
-    spends nothing on a gradient that would be cancelled, and the layer's parameters get zeros in its place: every form
-    of DDP expects some gradient. Outputs and the other gradients stay what they are. `FreezeLastLayerCallback` sets
-    it, and cancels the zeros.
-    """
-
-    frozen = False
+    """A last layer: K prototypes that score unit vectors, a linear map without bias."""
 
     def factored(self, z: Tensor) -> FactoredLogits:
         """Unit vectors (..., D) -> the same with the prototypes, not yet multiplied."""
-        if not self.frozen:
-            return FactoredLogits(z, self._prototypes())
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        with torch.no_grad():
-            prototypes = self._prototypes()
-        return FactoredLogits(_ZerosFor.apply(z, *trainable), prototypes)  # type: ignore[no-untyped-call]
+        return FactoredLogits(z, self._prototypes())
 
     def forward(self, z: Tensor) -> Tensor:
         """Unit vectors (..., D) -> logits (..., K)."""
         return self.factored(z).logits()
 
     def _prototypes(self) -> Tensor:
-        """The weight as a tensor of its own: fully_shard takes the parameters' memory back after forward."""
+        """The weight as a tensor of its own, because fully_shard frees the parameters' memory after forward."""
         raise NotImplementedError
 
 
 class WeightNormPrototypes(Prototypes):
     """K weight-normalised prototypes: w_k = g_k v_k / ||v_k||.
 
-    The direction `weight_v` (K, D) and the norm `weight_g` (K, 1) are what a state dict holds, under the keys of
-    `torch.nn.utils.weight_norm`; the effective `weight` is computed at each use, so a used module can be copied,
+    A state dict holds the direction `weight_v` (K, D) and the norm `weight_g` (K, 1), under the keys of
+    `torch.nn.utils.weight_norm`. The effective `weight` is computed at each use, so that a used module can be copied,
     pickled and compiled.
 
     Args:
-        bottleneck_dim: D.
-        output_dim: K.
-        trainable_norm: False fixes every norm at 1 (`weight_g` requires no gradient).
+        bottleneck_dim: Width D of the bottleneck.
+        output_dim: Number K of prototypes.
+        trainable_norm: Whether the norms are trained; otherwise each is 1 (`weight_g` requires no gradient).
     """
 
     def __init__(self, bottleneck_dim: int, output_dim: int, *, trainable_norm: bool = False) -> None:
@@ -97,7 +84,7 @@ class WeightNormPrototypes(Prototypes):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the directions as `nn.Linear` does its weight, and set every norm to 1."""
+        """Initialise the directions like the weight of `nn.Linear`, and set every norm to 1."""
         nn.init.kaiming_uniform_(self.weight_v, a=5**0.5)
         self.weight_g.fill_(1.0)
 
@@ -119,8 +106,8 @@ class LinearPrototypes(Prototypes):
     """K prototypes of any norm, a plain `weight` (K, D): the last layer of DINOv3 (arXiv:2508.10104).
 
     Args:
-        bottleneck_dim: D.
-        output_dim: K.
+        bottleneck_dim: Width D of the bottleneck.
+        output_dim: Number K of prototypes.
     """
 
     def __init__(self, bottleneck_dim: int, output_dim: int) -> None:
@@ -141,23 +128,10 @@ class LinearPrototypes(Prototypes):
         return f"{bottleneck_dim=}, {output_dim=}"
 
 
-class _ZerosFor(torch.autograd.Function):
-    """z, unchanged, and gradients of zeros for the parameters behind it."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
-        return z.view_as(z)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
-
-
 def cancel_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Set the gradients to None, so that an optimizer passes the parameters by.
+    """Set the gradients to None, so that an optimizer skips the parameters.
 
-    Not to zeros: with those, weight decay and momentum would still move the parameters.
+    With zeros instead, weight decay and momentum would still change the parameters.
     """
     for parameter in parameters:
         parameter.grad = None

@@ -19,15 +19,15 @@ def cosine_schedule(
         start at step w, end at step N:  end + (start - end) (1 + cos(pi (step - w) / (N - w))) / 2
 
     DINO uses it for the learning rate, the weight decay (0.04 to 0.4) and the teacher's momentum (0.996 to 1).
-    As the authors write it, the value is `end` at step N itself, one past the last step of the run, and stays there.
+    As in the authors' code, the value reaches `end` at step N, one past the last step of the run, and stays there.
 
     Args:
-        step: optimizer steps taken so far.
-        start: value at the end of the warm-up.
-        end: value from `total_steps` on.
-        total_steps: N, optimizer steps of the whole run.
-        warmup_steps: w, optimizer steps of the warm-up; its last one has reached `start`.
-        warmup_start: value at step 0 of the warm-up.
+        step: Number of optimizer steps taken so far.
+        start: Value at the end of the warm-up.
+        end: Value from `total_steps` on.
+        total_steps: Number N of optimizer steps of the whole run.
+        warmup_steps: Number w of optimizer steps of the warm-up; the last of them has the value `start`.
+        warmup_start: Value at step 0 of the warm-up.
 
     >>> [round(cosine_schedule(step, 0.996, 1.0, 4), 4) for step in range(6)]
     [0.996, 0.9966, 0.998, 0.9994, 1.0, 1.0]
@@ -44,10 +44,11 @@ def teacher_temperature(epoch: int | None, warmup_start: float, final: float, wa
     """Linear warm-up of the teacher's temperature over epochs: `linspace(warmup_start, final, n)[epoch]`, then `final`.
 
     Args:
-        epoch: the current epoch; None: the final temperature.
-        warmup_start: temperature in epoch 0.
-        final: temperature from epoch n - 1 on.
-        warmup_epochs: n; 1 gives `warmup_start` in epoch 0, 0 the final temperature always.
+        epoch: Current epoch; None for the final temperature.
+        warmup_start: Temperature in epoch 0.
+        final: Temperature from epoch n - 1 on.
+        warmup_epochs: Length n of the warm-up in epochs; with 1, epoch 0 has `warmup_start`; with 0, every epoch has
+            the final temperature.
 
     >>> [round(teacher_temperature(epoch, 0.04, 0.07, 4), 4) for epoch in (0, 1, 2, 3, 4, None)]
     [0.04, 0.05, 0.06, 0.07, 0.07, 0.07]

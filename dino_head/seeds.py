@@ -1,11 +1,11 @@
-"""Seeds that follow from where a run stands, as Lightning saves no random state."""
+"""Seeds derived from a run's counters, because Lightning saves no random state."""
 
 
 def derived_seed(*key: int) -> int:
-    """Seed derived from non-negative integers, such as (seed, rank, epoch, batch).
+    """A seed derived from non-negative integers, such as (seed, rank, epoch, batch).
 
-    Two processes, or a run and its continuation, that pass the same integers get the same seed; any other integers
-    lead to an unrelated one (NumPy's `SeedSequence`).
+    The same integers give the same seed, in every process and in a resumed run; other integers give an unrelated seed
+    (NumPy's `SeedSequence`).
 
     Args:
         key: Non-negative integers.

@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if reference is None:
             shutil.copy(folder / "curves.json", args.out / "healthy.json")
         shutil.rmtree(folder)
-        values = ("loss_per_lnK", "teacher_entropy_per_lnK", "kl", "rankme")
+        values = ("loss_normalized", "teacher_entropy_normalized", "kl", "rankme")
         last = {name: round(monitor.history[-1][name], 4) for name in values}
         said[case] = {"diagnoses": monitor.diagnoses, "knn_top1": round(probe.history[-1]["top1"], 4), **last}
     (args.out / "said.json").write_text(json.dumps(said, indent=2) + "\n")

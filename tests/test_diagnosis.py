@@ -7,14 +7,14 @@ from dino_head.diagnosis import diagnose
 
 HEALTHY = {  # seen in epoch 30 of the digits
     "loss": 1.57,
-    "loss_per_lnK": 0.252,
+    "loss_normalized": 0.252,
     "teacher_entropy": 1.10,
-    "teacher_entropy_per_lnK": 0.177,
+    "teacher_entropy_normalized": 0.177,
     "student_entropy": 1.72,
-    "student_entropy_per_lnK": 0.276,
+    "student_entropy_normalized": 0.276,
     "kl": 0.47,
     "prototypes_used": 0.146,
-    "prototypes_effective": 75.3,
+    "prototype_perplexity": 75.3,
     "rows": 1280,
     "output_dim": 512,
     "rankme": 14.7,
@@ -23,10 +23,10 @@ HEALTHY = {  # seen in epoch 30 of the digits
 }
 STUCK = {
     "loss": 9.8,
-    "loss_per_lnK": 0.884,
+    "loss_normalized": 0.884,
     "teacher_entropy": 9.4,
-    "teacher_entropy_per_lnK": 0.848,
-    "student_entropy_per_lnK": 0.89,
+    "teacher_entropy_normalized": 0.848,
+    "student_entropy_normalized": 0.89,
     "kl": 0.4,
     "loss_change": -0.002,
     "output_dim": 65536,
@@ -43,19 +43,19 @@ def test_a_healthy_run_gets_no_diagnosis():
     ("change", "case", "words"),
     [
         ({"teacher_follows": 0}, "teacher does not follow", ["TeacherUpdateCallback"]),
-        ({"prototypes_effective": 1.2}, "one-hot collapse", ["1.20 of 512", "center_momentum", "sinkhorn"]),
+        ({"prototype_perplexity": 1.2}, "one-hot collapse", ["1.20 of 512", "center_momentum", "sinkhorn"]),
         (
-            {"teacher_entropy": 6.19, "teacher_entropy_per_lnK": 0.993, "student_entropy_per_lnK": 0.991},
+            {"teacher_entropy": 6.19, "teacher_entropy_normalized": 0.993, "student_entropy_normalized": 0.991},
             "uniform teacher",
             ["6.1900 nats", "0.993 ln K", "Lower the teacher temperature", "not the same object"],
         ),
         (
-            {"teacher_entropy_per_lnK": 0.993, "student_entropy_per_lnK": 0.991, "rankme": 1.02},
+            {"teacher_entropy_normalized": 0.993, "student_entropy_normalized": 0.991, "rankme": 1.02},
             "uniform teacher",
             ["effective rank of the embeddings is 1.02: look at a batch first", "Lower the teacher temperature"],
         ),
         ({"rankme": 1.3}, "dimensional collapse", ["1.30", "batch norm"]),
-        ({"prototypes_used": 0.02}, "dead prototypes", ["10 of 512", "1280 rows", "output_dim", "no harm"]),
+        ({"prototypes_used": 0.02}, "dead prototypes", ["10 of 512", "1280 rows", "output_dim", "harmless"]),
         (STUCK, "no collapse", ["9.80 nats", "0.88 ln K", "K = 65536", "9.40 of it", "0.40 are KL", "kNN"]),
     ],
 )
@@ -68,11 +68,11 @@ def test_each_case_is_named_with_its_numbers_and_knobs(change, case, words):
 @pytest.mark.parametrize(
     "change",
     [
-        {"teacher_entropy_per_lnK": 0.993},  # the student is sharp: it has something to learn
-        {"output_dim": 2, "prototypes_effective": 1.98, "prototypes_used": 1.0},  # both of two
+        {"teacher_entropy_normalized": 0.993},  # the student is sharp: it has something to learn
+        {"output_dim": 2, "prototype_perplexity": 1.98, "prototypes_used": 1.0},  # both of two
         {**STUCK, "output_dim": 512, "prototypes_used": 0.2},  # K is not large
         {**STUCK, "loss_change": -0.03},  # it falls
-        {**STUCK, "loss_per_lnK": 0.5},  # it is low
+        {**STUCK, "loss_normalized": 0.5},  # it is low
         {"prototypes_used": 0.0005, "output_dim": 65536, "rows": 40},  # 40 rows cannot reach more
     ],
 )

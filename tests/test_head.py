@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dino_head import DINOProjectionHead, ProjectionHead
+from dino_head import DINOProjectionHead, FactoredLogits, ProjectionHead
 from dino_head.checkpoints import load_head
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -61,6 +61,33 @@ def test_factored_logits_multiply_to_what_forward_gives(norm_last_layer, batch_n
     torch.testing.assert_close(z.norm(dim=-1), torch.ones(3, 5))
     torch.testing.assert_close(prototypes, head.last_layer.weight)
     assert torch.equal(head.factored_logits(x).logits(), head(x))
+
+
+def test_factored_logits_call_the_module_so_that_its_hooks_run():
+    head, seen = DINOProjectionHead(8, 8, 4, 16), []
+    head.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    head.register_forward_hook(lambda module, args, out: seen.append(type(out)))
+    x = torch.randn(3, 8)
+    factored = head.eval().factored_logits(x)
+    torch.testing.assert_close(factored.logits(), head(x))
+    assert seen == [FactoredLogits, torch.Tensor]
+    without_hooks = head.forward(x)
+    assert not torch.allclose(factored.logits(), without_hooks)
+
+
+def test_head_compile_compiles_factored_logits():
+    head, calls = DINOProjectionHead(8, 8, 4, 16, batch_norm=False), []
+    x = torch.randn(3, 8)
+    expected = torch.autograd.grad(head.factored_logits(x).logits().square().sum(), list(head.layers.parameters()))
+
+    def backend(graph, inputs):
+        calls.append(len(inputs))
+        return graph.forward
+
+    head.compile(backend=backend, fullgraph=True)
+    found = torch.autograd.grad(head.factored_logits(x).logits().square().sum(), list(head.layers.parameters()))
+    assert len(calls) == 1
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("shape", [(6,), (2, 3), (2, 1, 3), (1, 6, 1, 1)])
@@ -268,8 +295,8 @@ def test_arguments_out_of_range(options, message):
         (torch.randn(4, 7), r"width 8 \(input_dim\), got shape \(4, 7\): set input_dim=7"),
         (torch.tensor(1.0), r"width 8 \(input_dim\), got shape \(\)"),
         (torch.ones(4, 8, dtype=torch.long), r"floating-point features, got torch.int64: convert"),
-        (torch.randn(1, 8), r"at least 2 samples to take statistics over, got shape \(1, 8\)"),
-        (torch.randn(8), r"at least 2 samples to take statistics over, got shape \(8,\)"),
+        (torch.randn(1, 8), r"at least 2 samples, got shape \(1, 8\)"),
+        (torch.randn(8), r"at least 2 samples, got shape \(8,\)"),
     ],
 )
 def test_inputs_that_do_not_fit(x, message):
@@ -289,7 +316,7 @@ def test_projection_head_is_its_blocks():
     ("blocks", "message"),
     [
         ([], "at least one"),
-        ([(8, 6, None, None), (5, 3, None, None)], "block 1 expects inputs of width 5, but block 0 gives 6"),
+        ([(8, 6, None, None), (5, 3, None, None)], "block 1 expects inputs of width 5, got 6 from block 0"),
         ([(8, 0, None, None)], "the output width of block 0 must be an integer >= 1, got 0"),
     ],
 )

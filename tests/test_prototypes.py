@@ -1,7 +1,5 @@
 import pytest
 import torch
-from helpers.operations import Watch
-from torch.nn import functional as F
 
 from dino_head.prototypes import FactoredLogits, LinearPrototypes, WeightNormPrototypes, weight_norm
 
@@ -34,50 +32,6 @@ def test_forward_is_the_product():
     layer, z = WeightNormPrototypes(4, 16), torch.randn(2, 3, 4)
     torch.testing.assert_close(layer(z), z @ layer.weight.T)
     assert torch.equal(layer(z), FactoredLogits(z, layer.weight).logits())
-
-
-LAYERS = {
-    "fixed norms": lambda: WeightNormPrototypes(4, 16),
-    "trainable norms": lambda: WeightNormPrototypes(4, 16, trainable_norm=True),
-    "plain": lambda: LinearPrototypes(4, 16),
-}
-
-
-@pytest.mark.parametrize("kind", list(LAYERS))
-@pytest.mark.parametrize("factored", [True, False])
-def test_frozen_it_gives_the_same_but_zeros_for_its_own_gradients(kind, factored):
-    torch.manual_seed(0)
-    layer, results = LAYERS[kind](), []
-    for frozen in (False, True):
-        layer.frozen = frozen
-        z = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        logits = layer.factored(z).logits() if factored else layer(z)
-        layer.zero_grad()
-        logits.square().sum().backward()
-        results.append((logits, z.grad))
-        gradients = [p.grad for p in layer.parameters() if p.requires_grad]
-        assert [bool(gradient.any()) for gradient in gradients] == [not frozen] * len(gradients)
-    assert all(map(torch.equal, *results))
-    assert "frozen" not in layer.state_dict()
-
-
-@pytest.mark.parametrize("kind", list(LAYERS))
-def test_frozen_it_asks_for_no_product_for_its_gradient(kind):
-    layer, products = LAYERS[kind](), []
-    for layer.frozen in (False, True):
-        with Watch() as watch:
-            layer(torch.randn(3, 4, requires_grad=True)).sum().backward()
-        products.append(watch.products)
-    assert products == [3, 2]
-
-
-def test_frozen_without_gradients_it_is_just_the_product():
-    layer, z = WeightNormPrototypes(4, 16), torch.randn(3, 4)
-    layer.frozen = True
-    with torch.no_grad():
-        assert torch.equal(layer(z), F.linear(z, layer.weight))
-    layer.requires_grad_(False)
-    assert not layer(z).requires_grad
 
 
 def test_the_prototypes_of_a_plain_layer_are_a_copy():

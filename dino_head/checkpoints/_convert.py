@@ -1,32 +1,28 @@
-"""The tensors of a head, by our keys, as the state of a module: which module they need, and in which form.
+"""The tensors of a head as the state of a module: the arguments of the module, and the form of the last layer.
 
 Sizes: D bottleneck width, K prototypes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dino_head.checkpoints._layouts import FoundHead, listed
 from dino_head.head import DINOProjectionHead
 from dino_head.prototypes import WeightNormPrototypes, weight_norm
 
 Tensors = Mapping[str, Tensor]
 
 
-def listed(items: Sequence[str], most: int = 8) -> str:
-    """The first of them, separated by commas, and how many more there are."""
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
-
-
 def check_whole(tensors: Mapping[str, object], remedy: str) -> None:
-    """Raise ValueError for what is no ordinary tensor: shards, quantised, sparse, on the meta device."""
+    """Raise ValueError for a tensor that is sharded, quantised, sparse or on the meta device."""
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or type(tensor) not in (Tensor, nn.Parameter):
             kind = f"a {type(tensor).__name__}"
         elif tensor.layout is not torch.strided or tensor.is_nested:
-            kind = f"a tensor of layout {tensor.layout}, or nested"
+            kind = "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
         elif tensor.is_meta:
             kind = "a tensor without memory (on the meta device)"
         else:
@@ -34,8 +30,52 @@ def check_whole(tensors: Mapping[str, object], remedy: str) -> None:
         raise ValueError(f"{key} is {kind}, expected an ordinary tensor: {remedy}")
 
 
+def fit_head(
+    found: FoundHead, head: DINOProjectionHead | None = None, norm_last_layer: bool | None = None
+) -> tuple[DINOProjectionHead, dict[str, Tensor]]:
+    """The module for a head of a checkpoint, and its state dict.
+
+    Args:
+        found: Head of a checkpoint.
+        head: Module to use. By default, a new one on the meta device.
+        norm_last_layer: As in `load_head`.
+
+    Raises:
+        ValueError: The head is not complete or not finite, or does not fit the module.
+    """
+    name = f"the head {found.path!r}" if found.path else "the head"
+    if len(found.roots) > 1:
+        roots = listed(sorted(found.roots))
+        raise ValueError(f"{name} appears twice, as {roots}: pass a state dict with only one of them")
+    if found.unexplained:
+        raise ValueError(
+            f"{name} has unexpected keys {listed(found.unexplained)}: if it is complete without them, pass a state "
+            "dict without them"
+        )
+    check_whole({found.names[key]: tensor for key, tensor in found.tensors.items()}, "gather it with full_tensor()")
+    arguments = arguments_for(found.tensors, norm_last_layer)
+    target = head
+    if target is None:
+        with torch.device("meta"):
+            target = DINOProjectionHead(**arguments)
+    try:
+        return target, state_for(target, found.tensors, found.names)
+    except ValueError as error:
+        if head is None:
+            raise ValueError(f"{name} would be {constructor_call(arguments)}, but {error}") from None
+        own = arguments_for(head.state_dict())
+        unlike = [f"{key}={value}, expected {own[key]}" for key, value in arguments.items() if value != own[key]]
+        detail = f" ({listed(unlike)})" if unlike else ""
+        raise ValueError(f"{name} does not fit the given head{detail}: {error}") from None
+
+
+def constructor_call(arguments: Mapping[str, Any]) -> str:
+    """`DINOProjectionHead(input_dim=...)`, for messages."""
+    return f"DINOProjectionHead({', '.join(f'{name}={value}' for name, value in arguments.items())})"
+
+
 def arguments_for(tensors: Tensors, norm_last_layer: bool | None = None) -> dict[str, Any]:
-    """The arguments of DINOProjectionHead that keys and shapes tell; see `load_head` for norm_last_layer."""
+    """The arguments of DINOProjectionHead that follow from keys and shapes; `norm_last_layer` as in `load_head`."""
     matrices = {
         int(key.split(".")[1]): tensor
         for key, tensor in tensors.items()
@@ -43,9 +83,9 @@ def arguments_for(tensors: Tensors, norm_last_layer: bool | None = None) -> dict
     }
     prototypes = tensors.get("last_layer.weight_v", tensors.get("last_layer.weight"))
     if not matrices:
-        raise ValueError("its MLP has no matrix, expected the weights of Linear layers")
+        raise ValueError("the MLP has no matrix, expected the weights of Linear layers")
     if prototypes is None or prototypes.ndim != 2:
-        raise ValueError("its last layer has no matrix, expected prototypes of shape (K, D)")
+        raise ValueError("the last layer has no matrix, expected prototypes of shape (K, D)")
     first, last = matrices[min(matrices)], matrices[max(matrices)]
     biases = {f"layers.{index}.bias" in tensors for index in matrices}
     if norm_last_layer is None and "last_layer.weight_g" in tensors:
@@ -63,7 +103,7 @@ def arguments_for(tensors: Tensors, norm_last_layer: bool | None = None) -> dict
 
 
 def with_last_layer(tensors: Tensors, *, is_weight_normed: bool) -> dict[str, Tensor]:
-    """The same head with a last layer of this form: w_k = g_k v_k / ||v_k||, or from it v = w and g = ||w||."""
+    """The same head with a plain last layer, w_k = g_k v_k / ||v_k||, or a weight-normed one, v = w and g = ||w||."""
     converted = dict(tensors)
     if is_weight_normed and "last_layer.weight" in converted:
         weight = converted.pop("last_layer.weight")
@@ -76,28 +116,28 @@ def with_last_layer(tensors: Tensors, *, is_weight_normed: bool) -> dict[str, Te
 
 
 def state_for(target: DINOProjectionHead, tensors: Tensors, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors of a head as the state dict of `target`, in copies.
+    """Copies of the tensors of a head as the state dict of `target`.
 
     Args:
-        target: what is to hold them. On the meta device it takes the highest of their precisions, or torch's default if
-            that is higher.
-        tensors: by our keys.
-        names: by our keys, how the errors call them.
+        target: Module for the state dict. If it is on the meta device, the copies have the highest precision of the
+            tensors, or torch's default if that is higher.
+        tensors: Tensors by our keys.
+        names: The checkpoint's keys by ours, for errors.
 
     Raises:
-        ValueError: they do not fit, or are not finite.
+        ValueError: The tensors do not fit, or are not finite.
     """
     _check_fit(target, tensors, names)
     precision = torch.get_default_dtype()
     for tensor in tensors.values():
-        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:  # those of 8 bits cannot be promoted
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:  # float8 cannot be promoted
             precision = torch.promote_types(precision, tensor.dtype)
-    wide = {  # a last layer that is converted is rounded once, at the end
+    wide = {  # so that a converted last layer is rounded once, at the end
         key: tensor.to(precision) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()
     }
     layer = target.last_layer
     converted = with_last_layer(wide, is_weight_normed=isinstance(layer, WeightNormPrototypes))
-    # Of a teacher, of which nothing is trainable, it cannot be said whether the norms are to stay 1.
+    # Fixed norms are 1. In a teacher nothing is trainable, so that its norms may be fixed or not.
     if isinstance(layer, WeightNormPrototypes) and layer.weight_v.requires_grad and not layer.weight_g.requires_grad:
         plain = tensors.get("last_layer.weight")
         check_finite(wide, names)
@@ -105,7 +145,7 @@ def state_for(target: DINOProjectionHead, tensors: Tensors, names: Mapping[str, 
     state = {}
     for key, value in target.state_dict().items():
         is_new = value.is_meta and value.is_floating_point()
-        # Older files do not count the batches of a batch norm.
+        # Old files lack num_batches_tracked.
         found = converted[key] if key in converted else torch.zeros((), device="cpu")
         state[key] = found.to(precision if is_new else value.dtype, copy=True, memory_format=torch.contiguous_format)
     check_finite(state, names)
@@ -113,7 +153,7 @@ def state_for(target: DINOProjectionHead, tensors: Tensors, names: Mapping[str, 
 
 
 def check_finite(tensors: Tensors, names: Mapping[str, str]) -> None:
-    """Raise ValueError for values that are not finite, and for those that would make outputs that are not."""
+    """Raise ValueError for values that are not finite, or that lead to outputs that are not."""
     for key, tensor in tensors.items():
         bad, problem = ~tensor.isfinite(), "not finite"
         if key.endswith("running_var"):
@@ -121,20 +161,21 @@ def check_finite(tensors: Tensors, names: Mapping[str, str]) -> None:
         if bad.any():
             raise ValueError(
                 f"{int(bad.sum()):,} of {tensor.numel():,} values of {names.get(key, key)} are {problem} in "
-                f"{tensor.dtype}: take a checkpoint from before they were, or a higher precision"
+                f"{tensor.dtype}: use an earlier checkpoint or a higher precision"
             )
     if "last_layer.weight_v" in tensors:
         bad = ~weight_norm(tensors["last_layer.weight_v"], tensors["last_layer.weight_g"]).isfinite().all(dim=1)
         if bad.any():
             dtype = tensors["last_layer.weight_v"].dtype
             raise ValueError(
-                f"{int(bad.sum()):,} rows of the prototypes have a norm of 0 in {dtype}, and weight norm divides by it"
+                f"{int(bad.sum()):,} prototypes have a norm of 0 in {dtype}, by which weight norm divides: use a "
+                "higher precision, or a head without weight norm"
             )
 
 
 def _check_fit(target: DINOProjectionHead, tensors: Tensors, names: Mapping[str, str]) -> None:
     shapes = {key: value.shape for key, value in target.state_dict().items()}
-    if ("last_layer.weight" in tensors) != ("last_layer.weight" in shapes):  # going to be converted
+    if ("last_layer.weight" in tensors) != ("last_layer.weight" in shapes):  # state_for converts it
         size = shapes.pop("last_layer.weight", None) or shapes.pop("last_layer.weight_v")
         shapes.pop("last_layer.weight_g", None)
         if "last_layer.weight" in tensors:
@@ -147,11 +188,11 @@ def _check_fit(target: DINOProjectionHead, tensors: Tensors, names: Mapping[str,
             if not key.endswith("num_batches_tracked"):
                 problems.append(f"{key} is missing")
         elif key not in shapes:
-            problems.append(f"{names[key]} has no place in it")
+            problems.append(f"{names[key]} is unexpected")
         elif tensors[key].shape != shapes[key]:
             problems.append(f"{names[key]} has shape {tuple(tensors[key].shape)}, expected {tuple(shapes[key])}")
         elif not tensors[key].is_floating_point() and not key.endswith("num_batches_tracked"):
-            problems.append(f"{names[key]} is of {tensors[key].dtype}, expected floating-point numbers")
+            problems.append(f"{names[key]} has type {tensors[key].dtype}, expected a floating-point type")
     if problems:
         raise ValueError(listed(problems))
 
@@ -160,7 +201,7 @@ def _fix_norms(tensors: dict[str, Tensor], tolerance: float) -> None:
     norms = tensors["last_layer.weight_g"]
     if (norms - 1).abs().max() > tolerance:
         raise ValueError(
-            f"norm_last_layer=True fixes the norms of the prototypes at 1, but they are {norms.min():.6g} to "
-            f"{norms.max():.6g}: with norm_last_layer=False they stay what they are, and trainable"
+            f"norm_last_layer=True needs prototypes of norm 1, got norms from {norms.min():.6g} to {norms.max():.6g}: "
+            "use norm_last_layer=False, which keeps the norms and trains them"
         )
     tensors["last_layer.weight_g"] = torch.ones_like(norms)

@@ -1,4 +1,4 @@
-"""Reading the tensors of a checkpoint: safely, lazily, and with errors that say what the file is instead."""
+"""Reading the tensors of a checkpoint: no code runs, files are mapped, and errors name the kind of a wrong file."""
 
 import argparse
 import json
@@ -12,46 +12,48 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# What people find in place of a file of weights, by its first bytes.
+from dino_head._extras import packages_of_extras
+
+# Files without weights that downloads and conversions leave, by their first bytes.
 NO_WEIGHTS = {
-    b"<": "a web page: the address needs a login, or is not that of the file itself",
+    b"<": "a web page: the address needs a login, or is not the address of the file itself",
     b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself with `git lfs pull`",
     b"\x89HDF": "an HDF5 file: convert it to safetensors",
     b"\x1f\x8b": "a gzip archive: unpack it first",
 }
 
-DEEPEST = 20  # nesting of dictionaries; that of a Lightning checkpoint is about 6
-ALLOWING = threading.Lock()  # torch's list of allowed classes is one for all threads
+DEEPEST = 20  # levels of nested dictionaries; a Lightning checkpoint has about 6
+ALLOWING = threading.Lock()  # torch's list of allowed classes is global
 
 
 class Contents(NamedTuple):
-    """What a checkpoint holds, nested dictionaries joined to paths: `teacher.head.mlp.0.weight`."""
+    """A checkpoint whose nested dictionaries are joined to paths: `teacher.head.mlp.0.weight`."""
 
-    tensors: dict[str, Tensor]  # of a file: mapped from it, so that only what is used is read
-    others: list[str]
+    tensors: dict[str, Tensor]  # mapped from the file, so that only those in use are read
+    others: list[str]  # paths of other values
 
 
 def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Contents:
-    """The tensors of a state dict or file: torch.save's, safetensors, or the JSON index of sharded safetensors.
+    """Read a state dict, a file of torch.save, a safetensors file or the JSON index of sharded safetensors.
 
     Raises:
-        ValueError: anything else.
-        OSError: the file cannot be opened.
+        ValueError: The source is something else.
+        OSError: The file cannot be opened.
     """
     if isinstance(source, Mapping):
         return flatten(source)
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(
-            f"expected a path or a state dict, got {type(source).__name__}: of a module pass module.state_dict()"
+            f"expected a path or a state dict, got {type(source).__name__}: for a module, pass module.state_dict()"
         )
     file = Path(source)
     if file.is_dir():
         raise ValueError(_about_folder(file))
     if file.exists() and not file.is_file():
-        raise ValueError(f"{file} is a pipe or a device, expected a file: save it first, it is read more than once")
+        raise ValueError(f"{file} is a pipe or a device, expected a file that can be read twice: save it first")
     with open(file, "rb") as opened:
         start = opened.read(32)
-    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= file.stat().st_size:  # the length of a header
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= file.stat().st_size:  # the header's length
         return Contents(_read_safetensors(file), [])
     for beginning, what in NO_WEIGHTS.items():
         if start.lstrip().startswith(beginning):
@@ -64,14 +66,14 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Contents:
 
 
 def flatten(source: Mapping[str, Any]) -> Contents:
-    """Nested dictionaries as one."""
+    """Join nested dictionaries to one."""
     tensors: dict[str, Tensor] = {}
     others = []
     for path, value in _leaves(source, ""):
         if not isinstance(value, Tensor):
             others.append(path)
         elif path in tensors:
-            raise ValueError(f"{path} is there twice, once in a nested dictionary: pass the part you mean alone")
+            raise ValueError(f"{path} appears twice, once in a nested dictionary: pass only one of the two")
         else:
             tensors[path] = value
     return Contents(tensors, others)
@@ -79,7 +81,10 @@ def flatten(source: Mapping[str, Any]) -> Contents:
 
 def _leaves(node: Mapping[Any, Any], prefix: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
     if depth > DEEPEST:
-        raise ValueError(f"dictionaries are nested more than {DEEPEST} times, or in themselves, at {prefix[:99]}")
+        raise ValueError(
+            f"dictionaries are nested more than {DEEPEST} levels deep, or contain themselves, at {prefix[:99]}: pass "
+            "the state dict of the head"
+        )
     for key, value in node.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.", depth + 1)
@@ -88,13 +93,14 @@ def _leaves(node: Mapping[Any, Any], prefix: str, depth: int = 0) -> Iterator[tu
 
 
 def _read_torch(file: Path, is_zip: bool) -> Mapping[str, Any]:
-    """torch.load without running anything that the file asks for. The authors' files hold their options as well."""
+    """torch.load without running code. It allows argparse.Namespace, as the authors' files hold their options."""
     with ALLOWING:
         is_allowed = argparse.Namespace in torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([] if is_allowed else [argparse.Namespace]):
             try:
-                loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)  # others cannot be mapped
-            except Exception as error:  # whatever is in the file
+                # Files of torch before 1.6 are no zip archives and cannot be mapped.
+                loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+            except Exception as error:  # depends on the file
                 raise ValueError(_about_pickle(file, is_zip, error)) from None
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{file} holds a {type(loaded).__name__}, expected a state dict or a checkpoint's dictionary")
@@ -102,7 +108,7 @@ def _read_torch(file: Path, is_zip: bool) -> Mapping[str, Any]:
 
 
 def _about_pickle(file: Path, is_zip: bool, error: Exception) -> str:
-    """Why torch.load refused. Its own text advises to run what is in the file; this one does not."""
+    """Why torch.load refused a file, without its advice to run the code in the file."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if is_zip else []
     except Exception:  # damaged as well
@@ -110,34 +116,33 @@ def _about_pickle(file: Path, is_zip: bool, error: Exception) -> str:
     names = names or re.findall(r"GLOBAL (\S+)", str(error))
     if names:
         return (
-            f"{file} is refused: besides tensors it holds {', '.join(names)}, which could run code. Nothing of it ran. "
-            "What you know to be harmless you can allow, torch.serialization.add_safe_globals([...]); if you trust who "
-            "made the file, save its state dict alone; or ask for its weights as safetensors"
+            f"{file} is refused: besides tensors it holds {', '.join(names)}, which could run code. No code ran. Allow "
+            "classes that you know to be harmless with torch.serialization.add_safe_globals([...]), save the state "
+            "dict alone if you trust the file's author, or ask for safetensors"
         )
     reason = re.search(r"(?:WeightsUnpickler error: |Trying to |Can only )[^\n]+", str(error))
     return (
-        f"{file} ({file.stat().st_size:,} bytes) is neither safetensors nor what torch.save writes, or not all of it "
+        f"{file} ({file.stat().st_size:,} bytes) is neither safetensors nor a file of torch.save, or is incomplete "
         f"({type(error).__name__}{': ' + reason[0].strip() if reason else ''}): download or copy it again, and compare "
         "its size"
     )
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
+    with packages_of_extras(f"reading {file}"):
         from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ImportError(f"{file} needs the package safetensors: pip install safetensors") from None
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(
-            f"{file} ({file.stat().st_size:,} bytes) is no whole safetensors file ({error}): download or copy it again"
+            f"{file} ({file.stat().st_size:,} bytes) is an incomplete safetensors file ({error}): download or copy it "
+            "again"
         ) from None
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Sharded safetensors: the index says which file beside it holds which tensor."""
+    """Read sharded safetensors. The index names the file of each tensor, in the folder of the index."""
     try:
         places = json.loads(index.read_text())["weight_map"]
         names = sorted(set(places.values()))
@@ -145,19 +150,19 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
             raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(
-            f"{index} is JSON or the like, but no index of sharded safetensors: it has no 'weight_map' of file names"
+            f"{index} is no index of sharded safetensors: expected JSON with a 'weight_map' of file names"
         ) from None
     tensors: dict[str, Tensor] = {}
     for name in names:
         if Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index} names {name!r}, expected the name of a safetensors file beside it")
+            raise ValueError(f"{index} names {name!r}, expected the name of a safetensors file in the same folder")
         if not (index.parent / name).is_file():
-            raise ValueError(f"{name} is missing, which {index} names: download all {len(names)} files beside it")
+            raise ValueError(f"{index} names {name}, which is missing: download all {len(names)} files into its folder")
         shard = _read_safetensors(index.parent / name)
         unlike = sorted(shard.keys() ^ {key for key, place in places.items() if place == name})
         if unlike:
             raise ValueError(
-                f"{index} and {name} do not fit, in {', '.join(unlike[:5])}: download all files again, together"
+                f"{index} and {name} disagree about {', '.join(unlike[:5])}: download all files again, together"
             )
         tensors |= shard
     return tensors
@@ -166,10 +171,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 def _about_folder(folder: Path) -> str:
     if (folder / ".metadata").exists() or any(folder.glob("*.distcp")):
         return (
-            f"{folder} is a checkpoint in shards of several processes: write it as one file with "
+            f"{folder} is a checkpoint in shards of several processes: convert it to one file with "
             "`python -m lightning.pytorch.utilities.consolidate_checkpoint FOLDER` (or, without Lightning, "
             "`python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE`)"
         )
     kinds = (".safetensors", ".index.json", ".pt", ".pth", ".ckpt", ".bin")
     files = sorted(file.name for file in folder.iterdir() if file.name.endswith(kinds))
-    return f"{folder} is a folder, expected a file: it has {', '.join(files) or 'no file of weights'}"
+    return f"{folder} is a folder, expected a file: it contains {', '.join(files) or 'no file of weights'}"

@@ -1,23 +1,25 @@
-"""The names that DINO heads have in checkpoints: which tensors are a head, and what each is to ours."""
+"""The keys of DINO heads in checkpoints: where a head is, and which of our keys each of its keys is."""
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
 
-# What data parallelism, torch.compile, FSDP and activation checkpointing put between the names.
+# Names that data parallelism, torch.compile, FSDP and activation checkpointing insert into keys.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
-# Names of the last layer's tensors, ours first.
+# Names of the last layer's tensors: ours -> theirs.
 OLD_WEIGHT_NORM = {"weight_g": "weight_g", "weight_v": "weight_v"}
 PARAMETRIZATION = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
 PLAIN = {"weight": "weight"}
 
 
 class Layout(NamedTuple):
-    """The name of the MLP, and those of the last layer's tensors."""
+    """The name of the MLP, and the names of the last layer's tensors."""
 
     mlp: str
     last_layer: Mapping[str, str]
@@ -30,7 +32,7 @@ LAYOUTS = {
     "lightly-train": Layout("mlp", PARAMETRIZATION),
 }
 OURS = {name: ours for names in (OLD_WEIGHT_NORM, PARAMETRIZATION, PLAIN) for ours, name in names.items()}
-# With one layer the authors' MLP is a Linear in the place of the Sequential: mlp.weight.
+# The authors' MLP of one layer is a Linear, not a Sequential: mlp.weight.
 IN_MLP = re.compile(
     r"(?:(.*)\.)??(?:(?:mlp|layers)\.(\d+)|mlp)\.(weight|bias|running_mean|running_var|num_batches_tracked)"
 )
@@ -44,8 +46,8 @@ class FoundHead:
     path: str  # without wrappers; "" if the checkpoint is the head
     tensors: dict[str, Tensor] = field(default_factory=dict)  # by our keys
     names: dict[str, str] = field(default_factory=dict)  # our keys -> the checkpoint's
-    unexplained: list[str] = field(default_factory=list)  # keys of the checkpoint
-    roots: set[str] = field(default_factory=set)  # the path in the checkpoint, of which there should be one
+    unexplained: list[str] = field(default_factory=list)  # the checkpoint's keys that are below the path and unknown
+    roots: set[str] = field(default_factory=set)  # the path with wrappers; one, unless two heads share the path
 
 
 def without_wrappers(key: str) -> str:
@@ -54,7 +56,7 @@ def without_wrappers(key: str) -> str:
 
 
 def parse(key: str) -> tuple[str, str] | None:
-    """What is called like a part of a head, as its path and our key: `a.mlp.0.bias` -> `a`, `layers.0.bias`."""
+    """The path and our key of a key that names a part of a head: `a.mlp.0.bias` -> `a`, `layers.0.bias`."""
     if match := IN_MLP.fullmatch(key):
         return match[1] or "", f"layers.{match[2] or 0}.{match[3]}"
     if match := IN_LAST_LAYER.fullmatch(key):
@@ -63,12 +65,29 @@ def parse(key: str) -> tuple[str, str] | None:
 
 
 def find_heads(tensors: Mapping[str, Tensor], others: Iterable[str] = ()) -> dict[str, FoundHead]:
-    """All heads, by their paths: where an MLP and a last layer are side by side. `others`: keys without a tensor."""
+    """All heads by their paths. A head is an MLP and a last layer side by side.
+
+    Args:
+        tensors: Tensors of a checkpoint.
+        others: Keys of the checkpoint that are no tensors.
+
+    Raises:
+        ValueError: There is no head.
+    """
     keys = {name: without_wrappers(name) for name in tensors}
     parts: dict[str, set[str]] = {}
     for path, ours in filter(None, map(parse, keys.values())):
         parts.setdefault(path, set()).add(ours.split(".")[0])
     heads = {path: FoundHead(path) for path, found in parts.items() if len(found) == 2}
+    if not heads:
+        hint = ""
+        if any(key.endswith("_flat_param") for key in tensors):
+            hint = ". These are flat shards of FSDP: save a full state dict, or use the file of the run's evaluation"
+        raise ValueError(
+            "found no DINO head (mlp.* or layers.* beside last_layer.*) among "
+            f"{listed(grouped(tensors)) or 'no tensors'}: this may be the backbone alone; use the checkpoint of the "
+            f"training{hint}"
+        )
     for name, key in keys.items():
         for path, head in heads.items():
             if path and not key.startswith(f"{path}."):
@@ -90,13 +109,13 @@ def find_heads(tensors: Mapping[str, Tensor], others: Iterable[str] = ()) -> dic
 
 
 def _root(name: str, path: str) -> str:
-    """The path as it is in a key, with wrappers: of `module.head.mlp.0.bias` and `head` it is `module.head`."""
+    """The path with the wrappers of a key: `module.head.mlp.0.bias` and `head` -> `module.head`."""
     parts = name.split(".")
     return next(root for end in range(len(parts)) if without_wrappers(root := ".".join(parts[:end])) == path)
 
 
 def select(heads: Mapping[str, FoundHead], part: str) -> FoundHead:
-    """The one head that `part` names; see `load_head`."""
+    """The one head that `part` matches; see `load_head`."""
     teachers = [path for path in heads if re.search(r"teacher|momentum|(^|[._])ema([._]|$)", path.lower())]
     students = [path for path in heads if "student" in path.lower() and path not in teachers]
     neutral = [path for path in heads if path not in teachers and path not in students]
@@ -106,7 +125,7 @@ def select(heads: Mapping[str, FoundHead], part: str) -> FoundHead:
     ]
     if part in ("teacher", "student"):
         choices.append(teachers if part == "teacher" else students)
-        # A head without a side is the student beside a teacher's, and anyone's where it is alone.
+        # A head without a side is the student beside a teacher, and matches both if it is the only head.
         choices.append(neutral if (part == "student" and not students) or len(heads) == 1 else [])
     else:
         choices.append([path for path in heads if part in re.split(r"[._]", path)])
@@ -115,5 +134,26 @@ def select(heads: Mapping[str, FoundHead], part: str) -> FoundHead:
         return heads[chosen[0]]
     there = ", ".join(map(repr, chosen or heads))
     if not chosen:
-        raise ValueError(f"there is no head {part!r}, but {there}: give one of these as part")
-    raise ValueError(f"{len(chosen)} heads go by part={part!r}: {there}: give one of these as part")
+        raise ValueError(f"no head matches part={part!r}, found {there}: pass one of these as part")
+    raise ValueError(f"{len(chosen)} heads match part={part!r}: {there}: pass one of these as part")
+
+
+def grouped(names: Iterable[str], paths: Collection[str] = ()) -> list[str]:
+    """Keys in groups, cut after the part in which they differ from the path of a head, with the size of each group."""
+    counts: Counter[str] = Counter()
+    for name in names:
+        parts = without_wrappers(name).split(".")
+        shared = max((_shared(parts, path.split(".")) for path in paths), default=1)
+        rest = ".*" if len(parts) > shared + 1 else ""
+        counts[".".join(parts[: shared + 1]) + rest] += 1
+    return [f"{group} ({count} tensors)" if count > 1 else group for group, count in counts.items()]
+
+
+def _shared(one: Sequence[str], other: Sequence[str]) -> int:
+    """The number of leading parts that are equal."""
+    return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
+
+
+def listed(items: Sequence[str], most: int = 8) -> str:
+    """The first items, separated by commas, and the number of further ones."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

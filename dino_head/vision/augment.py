@@ -1,4 +1,4 @@
-"""Views for DINO, made in batches on the device with kornia.
+"""Augmentation of images: views for DINO, made in batches on the device with kornia.
 
 Sizes: B samples, C channels, H and W pixels.
 """
@@ -9,17 +9,17 @@ import kornia.augmentation as K
 import torch
 from torch import Tensor, nn
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from dino_head.vision import imagenet
 
 
 class MultiCrop(nn.Module):
-    """Global views, then local ones, each sample with its own random draw.
+    """Global views, then local views of a batch of images; each sample has its own random draw.
 
     Args:
-        global_views: for each global view a module, images (B, C, H, W) in [0, 1] -> that view.
-        local_view: images (B, C, H, W) in [0, 1] -> one local view.
-        local_views: how many local views.
-        value_range: what is 0 and what is 1 in the images that come in; (0, 255) for bytes.
+        global_views: One module for each global view, images (B, C, H, W) in [0, 1] -> the view.
+        local_view: Module that makes a local view, images (B, C, H, W) in [0, 1] -> the view.
+        local_views: Number of local views.
+        value_range: Values of the images that become 0 and 1; (0, 255) for bytes.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class MultiCrop(nn.Module):
         self.value_range = value_range
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (B, C, H, W), of bytes or floating point -> global views, then local views."""
+        """Images (B, C, H, W), bytes or floating point -> global views, then local views."""
         low, high = self.value_range
         images = (images.to(torch.float32) - low) / (high - low)
         views = [*self.global_views, *[self.local_view] * self.local_views]
@@ -54,27 +54,35 @@ def dino_views(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> MultiCrop:
-    """The published recipe: two global and eight local views (Caron et al. 2021, section 3.2, and their main_dino.py).
+    """The published augmentation: two global and eight local views (Caron et al. 2021, section 3.2; main_dino.py).
 
-    A random crop, mirrored in half of the cases, with its colours jittered (0.8) or gone (0.2); blurred (first global
-    view 1.0, second 0.1, local views 0.5); solarised (second global view 0.2).
+    Each view is a random crop. With the given probability, it is mirrored (0.5), its colours are jittered (0.8), and it
+    becomes grey (0.2). The first global view is blurred with probability 1.0, the second with 0.1 and local views with
+    0.5. The second global view is solarised with probability 0.2.
 
     Args:
-        global_size: The height and width of the global views.
-        local_size: The height and width of the local views; for a ViT a multiple of its patches.
-        local_views: The number of local views.
-        global_scale: The share of the image's area that a global view shows, from and to.
-        local_scale: The share of the image's area that a local view shows; it should end where global_scale begins.
-        channels: The number C of channels. Saturation, hue and grey are for 3 alone; others are jittered in brightness
-            and contrast.
-        value_range: The values that are black and white in the images; (0, 255) for bytes.
-        mean: The mean of each channel, in [0, 1]; without it, ImageNet's for 3 channels, 0.5 for others.
-        std: The standard deviation of each channel; without it, ImageNet's for 3 channels, 0.25 for others.
+        global_size: Height and width of the global views.
+        local_size: Height and width of the local views; for a ViT, a multiple of its patch size.
+        local_views: Number of local views.
+        global_scale: Smallest and largest share of the image's area in a global view.
+        local_scale: Smallest and largest share of the image's area in a local view, usually up to the smallest share
+            of a global view.
+        channels: Number C of channels. Only images of 3 channels are jittered in saturation and hue and become grey;
+            others are jittered in brightness and contrast alone.
+        value_range: Values of black and white in the images; (0, 255) for bytes.
+        mean: Mean of each channel, in [0, 1]. By default ImageNet's for 3 channels, and 0.5 for other numbers.
+        std: Standard deviation of each channel. By default ImageNet's for 3 channels, and 0.25 for other numbers.
+
+    Returns:
+        A module, images (B, C, H, W) -> list of views (B, C, height, width), the global ones first.
+
+    Raises:
+        ValueError: If mean or std has not one value for each channel.
     """
-    mean = mean or (IMAGENET_MEAN if channels == 3 else (0.5,) * channels)
-    std = std or (IMAGENET_STD if channels == 3 else (0.25,) * channels)
+    mean = mean or (imagenet.MEAN if channels == 3 else (0.5,) * channels)
+    std = std or (imagenet.STD if channels == 3 else (0.25,) * channels)
     if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"mean and std need a value for each of {channels} channels, got {len(mean)} and {len(std)}")
+        raise ValueError(f"mean and std need one value for each of {channels} channels, got {len(mean)} and {len(std)}")
 
     def view(size: int, scale: tuple[float, float], blur: float, solarise: float = 0.0) -> nn.Module:
         if channels == 3:
@@ -82,7 +90,7 @@ def dino_views(
         else:
             colours = [K.ColorJitter(0.4, 0.4, p=0.8)]
         return nn.Sequential(
-            # Bilinear: kornia's bicubic crops mix in what is beyond the border.
+            # Bilinear, because kornia's bicubic crops mix in values from beyond the border.
             K.RandomResizedCrop((size, size), scale=scale, cropping_mode="resample"),
             K.RandomHorizontalFlip(p=0.5),
             *colours,

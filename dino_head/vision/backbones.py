@@ -1,7 +1,7 @@
-"""Backbones: any module that maps images (B, C, H, W), of each view's size, to features (B, D). Here: Transformers.
+"""Backbones: modules that map images (B, C, H, W) of each view's size to features (B, D).
 
 Features(Dinov2Model(config), class_token)                                  # transformers, randomly initialised
-Features(ConvNextModel.from_pretrained(name), pooled)                       # transformers, trained
+Features(ConvNextModel.from_pretrained(name), pooled)                       # transformers, pretrained
 timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True)
 nn.Sequential(monai.networks.nets.DenseNet121(3, 1, 128).features, nn.AdaptiveAvgPool3d(1), nn.Flatten())
 """
@@ -11,32 +11,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTModel
 
 from dino_head import DINOProjectionHead
+from dino_head._extras import packages_of_extras
 
 VIT = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
 
 def class_token(output: Any) -> Tensor:
-    """The first of a transformer's tokens (B, N, D) -> (B, D)."""
+    """The first token (B, D) of a transformer's output, whose tokens are (B, N, D)."""
     tokens: Tensor = output.last_hidden_state
     return tokens[:, 0]
 
 
 def pooled(output: Any) -> Tensor:
-    """The mean over a map of features, as the model gives it, (B, D)."""
+    """The pooled features (B, D) of a model's output, such as the mean of a convolutional network's feature map."""
     features: Tensor = output.pooler_output
     return features.flatten(1)
 
 
 class Features(nn.Module):
-    """A model of Hugging Face Transformers that gives features.
+    """A model of Hugging Face Transformers as a backbone, images (B, C, H, W) -> features (B, D).
 
     Args:
-        model: takes images (B, C, H, W).
-        pick: what it returns -> features (B, D).
-        options: of its forward, such as interpolate_pos_encoding=True.
+        model: Model whose input is images (B, C, H, W).
+        pick: Function that maps the model's output to features (B, D), such as `class_token` or `pooled`.
+        options: Options of the model's forward, such as interpolate_pos_encoding=True.
     """
 
     def __init__(self, model: nn.Module, pick: Callable[[Any], Tensor], **options: Any) -> None:
@@ -56,16 +56,18 @@ def vit(
     width: int | None = None,
     depth: int | None = None,
 ) -> Features:
-    """A vision transformer, randomly initialised, whose position embeddings are interpolated for local views.
+    """A randomly initialised vision transformer that interpolates its position embeddings for local views.
 
     Args:
-        size: The name of its size: "tiny" (192 features), "small" (384), "base" (768) or "large" (1024).
-        patch_size: The height and width of a patch; those of the views are its multiples.
-        image_size: The height and width of the global views.
-        channels: The number C of channels of the images.
-        width: The number of features, if it is not that of the size; a multiple of 64.
-        depth: The number of layers, if it is not that of the size.
+        size: "tiny" (192 features), "small" (384), "base" (768) or "large" (1024).
+        patch_size: Height and width of a patch. The height and width of every view must be multiples of it.
+        image_size: Height and width of the global views.
+        channels: Number C of channels of the images.
+        width: Number of features, a multiple of 64. By default the number of `size`.
+        depth: Number of layers. By default the number of `size`.
     """
+    with packages_of_extras("dino_head.vision.vit"):
+        from transformers import ViTConfig, ViTModel
     features, layers, heads = VIT[size]
     features = width or features
     config = ViTConfig(
@@ -83,39 +85,43 @@ def vit(
 
 @torch.no_grad()
 def check_backbone(backbone: nn.Module, head: DINOProjectionHead, views: Sequence[Tensor]) -> None:
-    """Raise ValueError, before training starts, if the backbone cannot take the views, or the head its features.
+    """Raise an error before training starts if the backbone cannot take the views, or the head the features.
 
     Args:
-        backbone: goes through in evaluation mode, and is left as it was.
-        head: what the features are for.
-        views: (B, C, H, W); one of each size is tried.
+        backbone: Backbone, which is called in evaluation mode and not changed.
+        head: Projection head of the features.
+        views: Views (B, C, H, W), of which one of each size is tried.
+
+    Raises:
+        ValueError: If the backbone raises an error, or its output is not (B, head.input_dim).
     """
     modes = {module: module.training for module in backbone.modules()}
     for size, view in {view.shape[2:]: view for view in views}.items():
         shape = " x ".join(map(str, size))
         try:
             features = backbone.eval()(view)
-        except Exception as error:  # whatever a backbone says
+        except Exception as error:  # of any kind
             raise ValueError(
-                f"the backbone cannot take views of {shape} ({type(error).__name__}: {error}): make them a multiple of "
-                "its patches, and let it interpolate its position embeddings (transformers: interpolate_pos_encoding="
-                "True; timm: dynamic_img_size=True)"
+                f"the backbone cannot take views of {shape} ({type(error).__name__}: {error}): make their size a "
+                "multiple of its patch size, and let it interpolate its position embeddings (transformers: "
+                "interpolate_pos_encoding=True; timm: dynamic_img_size=True)"
             ) from error
         finally:
             for module, mode in modes.items():
                 module.training = mode
         if not isinstance(features, Tensor):
             raise ValueError(
-                f"the backbone returns a {type(features).__name__}, expected a tensor of features (B, D): pick one of "
-                "what it returns, Features(model, class_token)"
+                f"the backbone returns a {type(features).__name__}, expected a tensor of features (B, D): select them "
+                "with Features(model, class_token) or a function of your own"
             )
         if features.ndim != 2 or len(features) != len(view):
             raise ValueError(
-                f"the backbone makes {tuple(features.shape)} of {len(view)} views of {shape}, expected (B, D): of "
-                "tokens (B, N, D) take the first or the mean, of maps (B, D, h, w) the mean"
+                f"the backbone returns shape {tuple(features.shape)} for {len(view)} views of {shape}, expected "
+                f"({len(view)}, D): take the first token or the mean of tokens (B, N, D), and the mean of feature maps "
+                "(B, D, h, w)"
             )
         if features.shape[1] != head.input_dim:
             raise ValueError(
-                f"the backbone makes {features.shape[1]} features, and the head takes {head.input_dim}: "
+                f"the backbone returns {features.shape[1]} features, but the head expects {head.input_dim}: use "
                 f"DINOProjectionHead(input_dim={features.shape[1]}, ...)"
             )

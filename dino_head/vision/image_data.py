@@ -1,6 +1,6 @@
-"""LightningDataModules of images: from a folder, or from a data set of the Hugging Face Hub.
+"""LightningDataModules of images, from a folder or from a data set of the Hugging Face Hub.
 
-Files that cannot be decoded are left out, counted, and listed in bad_files.txt in the Trainer's default_root_dir.
+Images that cannot be decoded are skipped, counted, and listed in bad_files.txt in the Trainer's default_root_dir.
 """
 
 from typing import Any
@@ -8,22 +8,24 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from dino_head.cli.run_folder import fingerprint
-from dino_head.vision.files import FileData, Readable
-from dino_head.vision.images import Images, Stream, normalized, open_images, paths
-from dino_head.vision.loaders import ResumableLoader, StreamLoader
+from dino_head.vision import imagenet
+from dino_head.vision.file_data import FileData
+from dino_head.vision.files import ReplaceUnreadable, fingerprint
+from dino_head.vision.images import Images, image_paths, open_images
+from dino_head.vision.loaders import ResumableLoader
+from dino_head.vision.streams import ImageStream, StreamLoader
 
 
 class ImageData(FileData):
-    """Batches of bytes (B, 3, image_size, image_size), with labels where there are some.
+    """Batches of images, bytes (B, 3, image_size, image_size), with labels if there are any.
 
     Args:
-        data: The folder of image files, or the name of a data set on the Hugging Face Hub.
-        batch_size: The number of images in a step of each process.
-        workers: The number of processes that decode images, beside each training process.
-        image_size: The height and width to which images are scaled and cropped before they are augmented.
-        eval_size: The height and width of images for the kNN accuracy.
-        seed: The seed of the order in which images come.
+        data: Folder of image files, or name of a data set on the Hugging Face Hub.
+        batch_size: Number of images in a batch of each process.
+        workers: Number of worker processes that decode images, for each training process.
+        image_size: Height and width to which images are scaled and cropped before augmentation.
+        eval_size: Height and width of the images for the kNN accuracy.
+        seed: Seed of the order of the images.
     """
 
     def __init__(
@@ -41,26 +43,27 @@ class ImageData(FileData):
         self.has_classes = labels is not None and labels.num_classes > 1
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
         self.image_size, self.eval_size = image_size, eval_size
-        self.description = fingerprint(paths(self.rows))
+        self.description = fingerprint(image_paths(self.rows))
 
     def setup(self, stage: str) -> None:
-        """Hold every tenth image out, if there are classes to tell apart."""
+        """Hold out every tenth image, if there are at least two classes."""
         super().setup(stage)
         held_out = set(range(0, len(self.rows), 10)) if self.has_classes else set()
         train = self.rows.select([i for i in range(len(self.rows)) if i not in held_out])
+        test = self.rows.select(sorted(held_out))
         bad = self.bad_files
-        self.train = Readable(Images(train, self.image_size), bad)
-        self.voters = Readable(Images(train, self.eval_size, normalized), bad)
-        self.held_out = Readable(Images(self.rows.select(sorted(held_out)), self.eval_size, normalized), bad)
+        self.train = ReplaceUnreadable(Images(train, self.image_size), bad)
+        self.voters = ReplaceUnreadable(Images(train, self.eval_size, imagenet.normalize), bad)
+        self.held_out = ReplaceUnreadable(Images(test, self.eval_size, imagenet.normalize), bad)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled, anew in each epoch."""
+        """The training images, shuffled in another order in each epoch."""
         assert self.trainer is not None
         options = {"num_workers": self.workers, "pin_memory": torch.cuda.is_available()}
         return ResumableLoader(self.train, self.batch_size, self.trainer, self.seed, **options)
 
     def knn_dataloaders(self) -> tuple[DataLoader[Any], DataLoader[Any]]:
-        """Training images that vote on the held-out ones."""
+        """The training images, which vote, and the held-out images."""
         voters, held_out = (
             DataLoader(images, batch_size=self.batch_size, num_workers=self.workers)
             for images in (self.voters, self.held_out)
@@ -69,17 +72,17 @@ class ImageData(FileData):
 
 
 class StreamData(FileData):
-    """Batches of images that are read as they come, none held out: an epoch is the Trainer's limit_train_batches.
+    """Batches of images that are read as they come, with no image held out.
+
+    The number of batches in an epoch is the Trainer's `limit_train_batches`.
 
     Args:
-        data: The folder of image files, or the name of a data set on the Hugging Face Hub.
-        batch_size: The number of images in a step of each process.
-        workers: The number of processes that decode images, at most one for each file of the data set.
-        image_size: The height and width to which images are scaled and cropped before they are augmented.
-        seed: The seed of the order in which images come.
+        data: Folder of image files, or name of a data set on the Hugging Face Hub.
+        batch_size: Number of images in a batch of each process.
+        workers: Number of worker processes that decode images, at most one for each file of the data set.
+        image_size: Height and width to which images are scaled and cropped before augmentation.
+        seed: Seed of the order of the images.
     """
-
-    has_classes = False
 
     def __init__(self, data: str, batch_size: int = 64, workers: int = 2, image_size: int = 256, seed: int = 0) -> None:
         super().__init__()
@@ -88,11 +91,14 @@ class StreamData(FileData):
         self.description = f"a stream from {data}"
 
     def train_dataloader(self) -> StreamLoader:
-        """Shuffled, anew in each epoch."""
+        """The images, shuffled in another order in each epoch."""
         run = self.trainer
         assert run is not None
         if not isinstance(run.limit_train_batches, int):
-            raise ValueError("a stream has no end: give the Trainer the steps of an epoch as limit_train_batches")
-        stream = Stream(self.rows, self.image_size, self.bad_files, run.global_rank, run.world_size, self.seed)
+            raise ValueError(
+                f"a stream has no end, got limit_train_batches={run.limit_train_batches}: set it in the Trainer to the "
+                "number of batches in an epoch"
+            )
+        stream = ImageStream(self.rows, self.image_size, self.bad_files, run.global_rank, run.world_size, self.seed)
         options = {"num_workers": self.workers, "pin_memory": torch.cuda.is_available(), "drop_last": True}
         return StreamLoader(stream, self.batch_size, run, **options)

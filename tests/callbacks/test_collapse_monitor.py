@@ -32,7 +32,7 @@ def seeded(**options):
 
 
 class Oracle(Callback):
-    """What the metrics say of batches 0, 3, 6, ..., from all that the loss was called with."""
+    """Values of the metrics for batches 0, 3, 6, ..., from the arguments of all calls of the loss."""
 
     def __init__(self):
         self.calls, self.expected, self.usage = [], [], DINOStatistics(16)
@@ -51,22 +51,22 @@ class Oracle(Callback):
             self.usage.update(teacher, student, **options)
             rank.update(teacher.z)
             values = {**statistics.compute(), "rankme": rank.compute()}
-            values |= {name: value for name, value in self.usage.compute().items() if name.startswith("prototypes")}
+            values |= {name: value for name, value in self.usage.compute().items() if name.startswith("prototype")}
             self.expected.append({name: value.item() for name, value in values.items()})
 
 
 @pytest.mark.parametrize("callbacks", [rules, list], ids=["with the rules", "alone"])
-def test_every_third_batch_is_measured_as_the_metrics_say(callbacks):
-    """Alone, the center moves at the end of each call: that before it is what counts."""
+def test_every_third_batch_has_the_values_of_the_metrics(callbacks):
+    """Alone, the loss updates its center at the end of each call; the center before it counts."""
     module, monitor, oracle = seeded(), CollapseMonitorCallback(3, **NEVER), Oracle()
     module.loss = DINOLoss(16, center_momentum=0.1, warmup_teacher_temp_epochs=3)
     fit(module, monitor, oracle, *callbacks())
-    assert [(look["epoch"], look["step"]) for look in monitor.history] == [(0, 1), (0, 4), (1, 7), (2, 10)]
-    for look, expected in zip(monitor.history, oracle.expected, strict=True):
+    assert [(row["epoch"], row["step"]) for row in monitor.history] == [(0, 1), (0, 4), (1, 7), (2, 10)]
+    for row, expected in zip(monitor.history, oracle.expected, strict=True):
         names = set(expected) - {"rows", "output_dim"}
-        assert {name: look[name] for name in names} == pytest.approx({name: expected[name] for name in names})
-    assert [look["teacher_temp"] for look in monitor.history] == pytest.approx([0.04, 0.04, 0.055, 0.07])
-    assert {look["student_temp"] for look in monitor.history} == {0.1}
+        assert {name: row[name] for name in names} == pytest.approx({name: expected[name] for name in names})
+    assert [row["teacher_temp"] for row in monitor.history] == pytest.approx([0.04, 0.04, 0.055, 0.07])
+    assert {row["student_temp"] for row in monitor.history} == {0.1}
 
 
 class ByLogits(TinyDINO):
@@ -92,13 +92,13 @@ def test_logits_and_keywords_are_understood():
         assert one == pytest.approx(other, rel=1e-4)
 
 
-def test_sinkhorn_targets_are_measured_as_they_are():
+def test_with_sinkhorn_targets_the_value_is_the_loss():
     module, monitor = seeded(), CollapseMonitorCallback(1, **NEVER)
     module.loss = DINOLoss(16, centering="sinkhorn")
     losses = []
     module.loss.register_forward_hook(lambda *arguments: losses.append(arguments[-1].item()))
     fit(module, monitor, *rules())
-    assert [look["loss"] for look in monitor.history] == pytest.approx(losses, rel=1e-5)
+    assert [row["loss"] for row in monitor.history] == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated")  # Dynamo's
@@ -127,13 +127,13 @@ def run_with_dropout(*callbacks):
     return module.state_dict(), torch.rand(1)
 
 
-def test_training_is_bitwise_the_same_without_it():
+def test_training_is_bitwise_the_same_without_the_callback():
     torch.testing.assert_close(
         run_with_dropout(), run_with_dropout(CollapseMonitorCallback(2, **NEVER)), rtol=0, atol=0
     )
 
 
-def test_values_reach_loggers_checkpoints_and_the_bar(tmp_path):
+def test_values_reach_loggers_checkpoints_and_the_progress_bar(tmp_path):
     module, monitor = seeded(), CollapseMonitorCallback(2, **NEVER)
     best = ModelCheckpoint(tmp_path, monitor="dino/rankme", mode="max", filename="best")
     logger = CSVLogger(tmp_path, name="csv")
@@ -141,23 +141,23 @@ def test_values_reach_loggers_checkpoints_and_the_bar(tmp_path):
     with (tmp_path / "csv" / "version_0" / "metrics.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["dino/kl"]]
     assert [int(row["step"]) for row in rows] == [1, 3, 5, 7, 9, 11]
-    assert [float(row["dino/rankme"]) for row in rows] == pytest.approx([look["rankme"] for look in monitor.history])
-    last_of_epochs = [look["rankme"] for look in monitor.history[1::2]]
+    assert [float(row["dino/rankme"]) for row in rows] == pytest.approx([row["rankme"] for row in monitor.history])
+    last_of_epochs = [row["rankme"] for row in monitor.history[1::2]]
     assert best.best_model_score.item() == pytest.approx(max(last_of_epochs))
-    assert run.progress_bar_metrics.keys() >= {"loss", "dino/loss_per_lnK"}
-    assert [name for name in run.progress_bar_metrics if name.startswith("dino/")] == ["dino/loss_per_lnK"]
+    assert run.progress_bar_metrics.keys() >= {"loss", "dino/loss_normalized"}
+    assert [name for name in run.progress_bar_metrics if name.startswith("dino/")] == ["dino/loss_normalized"]
     saved = torch.load(best.best_model_path, weights_only=True)["callbacks"]["CollapseMonitorCallback"]
     assert saved["history"] == monitor.history[: len(saved["history"])]
     assert saved["receipt"].startswith("looked at ")
 
 
-def test_early_stopping_can_watch_the_rank():
+def test_early_stopping_can_monitor_the_rank():
     stop = EarlyStopping("dino/rankme", mode="max", patience=1, min_delta=100)
     run = fit(seeded(), CollapseMonitorCallback(2, **NEVER), stop, max_epochs=9)
     assert run.current_epoch == 2
 
 
-def test_nothing_is_left_on_the_loss_between_looks():
+def test_the_loss_has_no_hook_between_measurements():
     class Hooks(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             seen.append(len(pl_module.loss._forward_pre_hooks))
@@ -167,7 +167,7 @@ def test_nothing_is_left_on_the_loss_between_looks():
     assert seen == [0] * 12
 
 
-def test_a_run_that_ends_in_an_error_leaves_no_hook():
+def test_after_an_error_the_loss_has_no_hook():
     class Fail(Callback):
         def on_after_backward(self, trainer, pl_module):
             raise RuntimeError("enough")
@@ -178,28 +178,28 @@ def test_a_run_that_ends_in_an_error_leaves_no_hook():
     assert not module.loss._forward_pre_hooks
 
 
-def test_accumulation_is_looked_at_by_batches():
+def test_measurements_count_batches_under_accumulation():
     monitor = CollapseMonitorCallback(3, **NEVER)
     fit(seeded(), *rules(), monitor, accumulate_grad_batches=2)
-    assert [look["step"] for look in monitor.history] == [0, 2, 3, 5]
+    assert [row["step"] for row in monitor.history] == [0, 2, 3, 5]
 
 
 class Skipping(TinyDINO):
-    """Leaves out every batch with an even number."""
+    """Skips every batch with an even number."""
 
     def training_step(self, batch, batch_idx):
         return super().training_step(batch, batch_idx) if batch_idx % 2 else None
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-def test_in_place_of_a_batch_that_is_left_out_the_next_is_looked_at():
+def test_after_a_skipped_batch_the_next_one_is_measured():
     module, monitor = seeded(), CollapseMonitorCallback(4, **NEVER)
     module.__class__ = Skipping
     fit(module, monitor)
-    assert [(look["epoch"], look["step"]) for look in monitor.history] == [(0, 2), (1, 6), (2, 10)]
+    assert [(row["epoch"], row["step"]) for row in monitor.history] == [(0, 2), (1, 6), (2, 10)]
 
 
-def test_a_resumed_run_goes_on_with_its_history(tmp_path):
+def test_a_resumed_run_continues_its_history(tmp_path):
     whole = CollapseMonitorCallback(3, **NEVER)
     fit(seeded(), *rules(), whole)
     first, second = CollapseMonitorCallback(3, **NEVER), CollapseMonitorCallback(3, **NEVER)
@@ -207,9 +207,9 @@ def test_a_resumed_run_goes_on_with_its_history(tmp_path):
     fit(seeded(), *rules(), first, save, enable_checkpointing=True)
     run = trainer(*rules(), second)
     run.fit(seeded(), view_loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
-    assert [look["step"] for look in second.history] == [1, 4, 7, 10]
+    assert [row["step"] for row in second.history] == [1, 4, 7, 10]
     for one, other in zip(whole.history, second.history, strict=True):
-        usage = {"prototypes_used", "prototypes_effective"}  # of the looks since it went on
+        usage = {"prototypes_used", "prototype_perplexity"}  # of the measurements since the resume
         assert {name: one[name] for name in one if name not in usage} == pytest.approx(
             {name: other[name] for name in other if name not in usage}
         )
@@ -223,25 +223,25 @@ def test_a_second_fit_begins_anew():
 
 
 def test_the_history_of_a_long_run_is_thinned(monkeypatch):
-    monkeypatch.setattr("dino_head.callbacks.collapse_monitor.MOST_LOOKS", 4)
+    monkeypatch.setattr("dino_head.callbacks.collapse_monitor.MAX_HISTORY", 4)
     monitor = CollapseMonitorCallback(1, **NEVER)
     fit(seeded(), monitor)
-    assert [look["step"] for look in monitor.history] == [1, 5, 9, 12]
+    assert [row["step"] for row in monitor.history] == [1, 5, 9, 12]
 
 
-def test_what_is_scheduled_is_noted():
+def test_scheduled_values_are_in_the_history():
     monitor = CollapseMonitorCallback(1, **NEVER)
     fit(seeded(), *rules(), monitor)
-    momentum = [look["teacher_momentum"] for look in monitor.history[1:]]
+    momentum = [row["teacher_momentum"] for row in monitor.history[1:]]
     assert momentum[0] == 0.7
     assert momentum == sorted(momentum)
-    decay = [look["weight_decay"] for look in monitor.history]
+    decay = [row["weight_decay"] for row in monitor.history]
     assert decay == sorted(decay)
     assert decay[0] == pytest.approx(0.04)
     assert monitor.history[5]["learning_rate"] > 0
 
 
-def test_the_loss_has_to_be_found_and_called():
+def test_a_loss_that_is_missing_or_never_called_is_reported():
     module = seeded()
     module.other = DINOLoss(16)
     with pytest.raises(MisconfigurationException, match=r"got loss=None, and TinyDINO has loss, other: name one"):
@@ -261,7 +261,7 @@ def test_arguments_out_of_range(options):
         CollapseMonitorCallback(**options)
 
 
-# The diagnoses, each forced in a run
+# Diagnoses, each forced in a run.
 
 
 class Constant(nn.Sequential):
@@ -326,43 +326,45 @@ def test_a_teacher_whose_momentum_is_1_does_not_follow():
 
 
 class Renamed(TinyDINO):
-    """Sides of other names."""
+    """Student and teacher under other names."""
 
     def __getattr__(self, name):
         return super().__getattr__({"student": "net", "teacher": "average"}.get(name, name))
 
 
-def test_without_known_pairs_it_says_that_it_cannot_see_the_teacher():
-    for pairs, said in ((None, False), ((("net", "average"),), True)):
+def test_without_known_pairs_it_warns_that_it_cannot_check_the_teacher():
+    for pairs, reported in ((None, False), ((("net", "average"),), True)):
         module = dino()
         module.__class__ = Renamed
         modules = module._modules
         modules["net"], modules["average"] = modules.pop("student"), modules.pop("teacher")
         monitor = CollapseMonitorCallback(2, patience=3, pairs=pairs)
-        with pytest.warns(UserWarning, match="teacher does not follow" if said else "cannot see whether the teacher"):
+        with pytest.warns(
+            UserWarning, match="teacher does not follow" if reported else "cannot check whether the teacher"
+        ):
             fit(module, monitor, data=view_loader(8, 16))
-        assert any(text.startswith("teacher does not follow") for text in monitor.diagnoses) == said
+        assert any(text.startswith("teacher does not follow") for text in monitor.diagnoses) == reported
     with pytest.raises(MisconfigurationException, match="has no submodule 'ema'"):
         fit(dino(), CollapseMonitorCallback(pairs=(("student", "ema"),)))
 
 
 @pytest.mark.parametrize("monitor_first", [True, False])
-def test_what_is_scheduled_is_that_before_the_batch_in_any_order(monitor_first):
+def test_the_momentum_is_read_before_the_batch_in_any_order(monitor_first):
     monitor, update = CollapseMonitorCallback(1, **NEVER), TeacherUpdateCallback(base_momentum=0.7)
     fit(seeded(), *([monitor, update] if monitor_first else [update, monitor]))
     assert "teacher_momentum" not in monitor.history[0]
     assert monitor.history[1]["teacher_momentum"] == 0.7
 
 
-@pytest.mark.parametrize(("momentum", "said"), [(1.0, True), (0.9, False)])
-def test_the_pairs_are_those_of_the_teacher_update(momentum, said):
+@pytest.mark.parametrize(("momentum", "reported"), [(1.0, True), (0.9, False)])
+def test_the_pairs_come_from_the_teacher_update(momentum, reported):
     module = dino()
     module.__class__ = Renamed
     modules = module._modules
     modules["net"], modules["average"] = modules.pop("student"), modules.pop("teacher")
     update = TeacherUpdateCallback((("net", "average"),), base_momentum=momentum)
     monitor, *_ = watched(module, update)
-    assert any(text.startswith("teacher does not follow") for text in monitor.diagnoses) == said
+    assert any(text.startswith("teacher does not follow") for text in monitor.diagnoses) == reported
 
 
 def test_a_loss_that_is_flat_because_k_is_large_is_no_warning():
@@ -383,17 +385,17 @@ def test_dead_prototypes_are_no_warning_and_stop_nothing():
     assert run.current_epoch == 10
 
 
-def test_one_image_a_batch_is_no_dimensional_collapse():
-    """Two views of an image have a low rank; that of all embeddings of the last looks counts."""
+def test_batches_of_one_image_are_no_dimensional_collapse():
+    """Two views of an image have a low rank; the rank of all embeddings of the last measurements counts."""
     monitor = CollapseMonitorCallback(2, patience=8)
     fit(dino(batch_norm=False, learning_rate=1e-4), monitor, follow(), data=view_loader(40, 1), max_epochs=1)
-    assert max(look["rankme"] for look in monitor.history) < 2
+    assert max(row["rankme"] for row in monitor.history) < 2
     assert not [text for text in monitor.diagnoses if text.startswith("dimensional")]
 
 
 @pytest.mark.parametrize("monitor_first", [True, False])
 def test_a_teacher_that_follows_is_seen_in_any_order(monitor_first):
-    """Also if a look ends on the only step of its window."""
+    """Also if a measurement ends on the only step of its window."""
     monitor, update = CollapseMonitorCallback(1, patience=4), follow()
     callbacks = [monitor, update] if monitor_first else [update, monitor]
     fit(dino(), *callbacks, data=view_loader(12, 16), max_epochs=1, accumulate_grad_batches=4)
@@ -409,7 +411,7 @@ def test_a_run_that_is_stopped_in_its_first_window_ends_with_the_diagnosis():
 
 
 class OneHot(TinyDINO):
-    """All on the same prototype: a loss of exactly 0."""
+    """All samples on the same prototype: a loss of exactly 0."""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -438,10 +440,10 @@ class TwoKinds(TinyDINO):
         return self.loss(teacher, student) + self.loss(teacher.logits(), student.logits())
 
 
-def test_losses_of_another_kind_do_not_end_the_run():
+def test_losses_with_other_arguments_do_not_end_the_run():
     module, monitor = seeded(), CollapseMonitorCallback(1, **NEVER)
     module.loss = OwnLoss(16)
-    with pytest.warns(UserWarning, match="has seen nothing in epoch 0: the DINOLoss of the module was not called, as"):
+    with pytest.warns(UserWarning, match="measured nothing in epoch 0: the DINOLoss of the module was not called as"):
         assert fit(module, monitor, max_epochs=1).global_step == 4
     module, monitor = seeded(), CollapseMonitorCallback(1, **NEVER)
     module.__class__ = TwoKinds
@@ -449,7 +451,7 @@ def test_losses_of_another_kind_do_not_end_the_run():
     assert len(monitor.history) == 4
 
 
-def test_temperatures_of_numpys_can_be_loaded_again(tmp_path):
+def test_temperatures_from_numpy_can_be_loaded_again(tmp_path):
     class Scheduled(TinyDINO):
         def training_step(self, batch, batch_idx):
             views = self.views(batch, batch_idx)
@@ -460,21 +462,21 @@ def test_temperatures_of_numpys_can_be_loaded_again(tmp_path):
     module.__class__ = Scheduled
     fit(module, CollapseMonitorCallback(2, **NEVER), save, enable_checkpointing=True)
     history = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["CollapseMonitorCallback"]["history"]
-    assert [look["teacher_temp"] for look in history] == pytest.approx(np.linspace(0.04, 0.07, 12)[::2].tolist())
+    assert [row["teacher_temp"] for row in history] == pytest.approx(np.linspace(0.04, 0.07, 12)[::2].tolist())
 
 
-def test_a_run_resumed_with_fewer_looks_keeps_its_history(tmp_path):
+def test_a_run_resumed_with_fewer_measurements_keeps_its_history(tmp_path):
     save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     fit(seeded(), CollapseMonitorCallback(1, **NEVER), save, enable_checkpointing=True)
     monitor = CollapseMonitorCallback(4, **NEVER)
     trainer(monitor).fit(seeded(), view_loader(), ckpt_path=tmp_path / "epoch=1.ckpt")
-    assert [look["step"] for look in monitor.history] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert [row["step"] for row in monitor.history] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 def test_without_float64_on_the_device_it_is_measured_in_main_memory(monkeypatch):
     one, other = CollapseMonitorCallback(2, **NEVER), CollapseMonitorCallback(2, **NEVER)
     fit(seeded(), one)
-    monkeypatch.setattr("dino_head.callbacks._look.WITHOUT_FLOAT64", ("cpu",))
+    monkeypatch.setattr("dino_head.callbacks.collapse_monitor.WITHOUT_FLOAT64", ("cpu",))
     fit(seeded(), other)
     assert one.history == other.history
 
@@ -493,7 +495,7 @@ def test_a_collapse_can_stop_the_run():
     assert run.global_step < 40
 
 
-def test_a_loss_that_is_not_finite_is_said_without_the_other_rules():
+def test_a_loss_that_is_not_finite_is_reported_at_once():
     module = dino()
     module.augment = lambda images: [torch.full_like(images, math.nan)] * 2
     monitor, given, _ = watched(module)

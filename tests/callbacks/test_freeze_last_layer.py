@@ -1,4 +1,4 @@
-"""Runs of a real Trainer: 3 epochs of 4 batches, the last layer frozen for 2 epochs unless said otherwise."""
+"""Runs of a real Trainer: 3 epochs of 4 batches, the last layer frozen for 2 epochs unless noted."""
 
 import copy
 import logging
@@ -42,7 +42,7 @@ def fit(module, *callbacks, data=None, **options):
     return recorder
 
 
-# Frozen bitwise, then moving.
+# Frozen bitwise, then trained.
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
@@ -74,7 +74,7 @@ def test_without_the_callback_the_layer_moves():
 
 
 def test_zeroed_gradients_would_not_freeze():
-    """Why gradients are cancelled, not zeroed: weight decay alone moves the layer."""
+    """The reason for cancelling: weight decay alone changes the layer."""
 
     class Zero(Callback):
         def on_after_backward(self, trainer, pl_module):
@@ -100,7 +100,7 @@ def test_scale_and_direction_are_both_frozen():
     ("arguments", "frozen_batches"),
     [({"freeze_last_layer": 1}, 4), ({"freeze_last_layer": 3}, 12), ({"steps": 5}, 5), ({"steps": 1}, 1)],
 )
-def test_a_limit_of_the_callback_overrules_the_head(arguments, frozen_batches):
+def test_a_limit_of_the_callback_overrides_the_head(arguments, frozen_batches):
     module = Toy(freeze_last_layer=2)
     callback = FreezeLastLayerCallback(**arguments)
     assert fit(module, callback).moved == [False] * frozen_batches + [True] * (12 - frozen_batches)
@@ -117,7 +117,7 @@ def test_an_explicit_zero_freezes_nothing(callback, head):
     assert callback.receipt is None
 
 
-def test_a_named_submodule_is_frozen_whole():
+def test_all_parameters_of_a_named_submodule_are_frozen():
     module = Toy(freeze_last_layer=-1)
     before = copy.deepcopy(module.student["backbone"].state_dict())
     callback = FreezeLastLayerCallback(steps=12, module="student.backbone")
@@ -134,7 +134,7 @@ def test_another_librarys_last_layer():
     assert torch.equal(module.student["head"][1].weight, before)
 
 
-def test_a_named_dino_head_means_its_last_layer():
+def test_of_a_named_dino_head_the_last_layer_is_frozen():
     module = Toy(freeze_last_layer=2)
     assert fit(module, FreezeLastLayerCallback(module="student.head")).moved == FROZEN_2_OF_3
     assert module.student["head"].layers[0].weight.grad is not None
@@ -151,7 +151,7 @@ def test_each_of_two_heads_has_its_own_limit():
     assert "student.patches.last_layer frozen for 8 optimizer steps" in patches
 
 
-def test_several_instances_get_along_and_keep_apart_what_they_save():
+def test_several_instances_save_states_of_their_own():
     callbacks = [FreezeLastLayerCallback(), FreezeLastLayerCallback(steps=3, module="student.backbone")]
     assert len({callback.state_key for callback in callbacks}) == 2
     assert fit(Toy(), *callbacks).moved == FROZEN_2_OF_3
@@ -172,7 +172,7 @@ def test_accumulation_with_a_partial_last_window(accumulate):
 
 
 def test_the_clip_norm_excludes_the_frozen_layer():
-    """Clipped by norm, a student whose frozen layer has enormous gradients steps as if the layer were not there."""
+    """Clipped by norm, a student with huge gradients in its frozen layer steps as it would without the layer."""
 
     class Scale(Callback):
         factor = 1.0
@@ -217,18 +217,20 @@ def test_manual_backward():
         assert fit(Manual("lightning"), FreezeLastLayerCallback()).moved == FROZEN_2_OF_3
 
 
-def test_manual_optimization_with_plain_backward_is_caught_late_and_warned_of_once():
+def test_gradients_of_a_plain_backward_are_cancelled_late_with_one_warning():
     with pytest.warns(UserWarning, match=r"student.head.last_layer were cancelled only right before") as caught:
         assert fit(Manual("torch"), FreezeLastLayerCallback()).moved == FROZEN_2_OF_3
     assert sum("manual_backward" in str(warning.message) for warning in caught) == 1
 
 
-def test_manual_optimization_with_a_raw_optimizer_stops():
-    with pytest.raises(MisconfigurationException, match=r"student.head.last_layer moved while .* raw torch optimizer"):
+def test_plain_backward_with_a_raw_optimizer_raises():
+    with pytest.raises(
+        MisconfigurationException, match=r"student.head.last_layer changed while .* raw torch optimizer"
+    ):
         fit(Manual("torch", "torch"), FreezeLastLayerCallback())
 
 
-def test_manual_backward_with_a_raw_optimizer_holds_for_epochs_and_stops_for_steps():
+def test_manual_backward_with_a_raw_optimizer_works_for_epochs_and_raises_for_steps():
     assert fit(Manual("lightning", "torch"), FreezeLastLayerCallback()).moved == FROZEN_2_OF_3
     with pytest.raises(MisconfigurationException, match="counts optimizer steps, and saw none"):
         fit(Manual("lightning", "torch"), FreezeLastLayerCallback(steps=3))
@@ -239,7 +241,7 @@ def test_manual_backward_with_a_raw_optimizer_holds_for_epochs_and_stops_for_ste
     [({"every_n_epochs": 1}, {}), ({"every_n_train_steps": 2}, {}), ({"every_n_epochs": 1}, {"steps": 6})],
 )
 def test_resumed_inside_the_freeze(tmp_path, saved, limit):
-    """Stopped after 5 (mid-epoch) or 4 (epoch end) batches; the resumed run stays frozen and says all steps."""
+    """Stopped after 6 (mid-epoch) or 4 (epoch end) batches; the resumed run stays frozen and counts all steps."""
     mid_epoch = "every_n_train_steps" in saved
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **saved)
     stop = {"max_steps": 6, "max_epochs": -1} if mid_epoch else {"max_epochs": 1}
@@ -259,7 +261,7 @@ def test_resumed_inside_the_freeze(tmp_path, saved, limit):
     assert f"released at step {frozen}" in callback.receipt
 
 
-def test_resumed_past_the_freeze_it_keeps_the_receipt(tmp_path):
+def test_a_run_resumed_after_the_freeze_keeps_the_receipt(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     first = FreezeLastLayerCallback()
     fit(Toy(), first, checkpoint, enable_checkpointing=True)
@@ -308,77 +310,21 @@ def test_two_processes_stay_frozen_and_identical(tmp_path):
         assert not torch.equal(ranks[0]["student.head.layers.0.weight"], module.student["head"].layers[0].weight)
 
 
-# The saving: while it is frozen, no gradient is computed for the layer.
+# Special cases.
 
 
-class Marks(Callback):
-    """Notes in which batches the layer is marked as frozen, and whether it is outside of them."""
-
-    def __init__(self):
-        self.inside, self.outside = [], []
-
-    def on_after_backward(self, trainer, pl_module):
-        self.inside.append(pl_module.student["head"].last_layer.frozen)
-
-    def note(self, trainer, pl_module, *_):
-        self.outside.append(pl_module.student["head"].last_layer.frozen)
-
-    on_train_start = on_validation_start = on_train_epoch_end = on_train_end = on_save_checkpoint = note
-
-
-@pytest.mark.parametrize("norm_last_layer", [True, False, None])
-@pytest.mark.parametrize("arguments", [{}, {"steps": 8}, {"freeze_last_layer": 2, "module": "student.head.last_layer"}])
-def test_frozen_layers_are_marked_in_training_batches_alone(arguments, norm_last_layer, tmp_path):
-    module, marks = Toy(norm_last_layer=norm_last_layer), Marks()
-    module.validation_step = module.training_step
-    run = trainer(FreezeLastLayerCallback(**arguments), marks, enable_checkpointing=True, default_root_dir=tmp_path)
-    run.fit(module, loader(), loader())
-    assert marks.inside == [True] * 8 + [False] * 4
-    assert len(marks.outside) > 8
-    assert not any(marks.outside)
-
-
-def test_an_interrupted_batch_leaves_no_mark():
-    module = Toy()
-    module.configure_gradient_clipping = lambda *args, **options: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        fit(module, FreezeLastLayerCallback())
-    assert module.student["head"].last_layer.frozen is False
-
-
-def test_manual_optimization_with_a_limit_in_steps_goes_without_the_mark():
-    marks = Marks()
-    fit(Manual("lightning"), FreezeLastLayerCallback(steps=6), marks)
-    assert marks.inside == [False] * 12
-
-
-@pytest.mark.parametrize("norm_last_layer", [True, False, None])
-def test_the_saving_changes_no_result(norm_last_layer, monkeypatch):
-    states = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        module = Toy(norm_last_layer=norm_last_layer)
-        trainer(FreezeLastLayerCallback(), gradient_clip_val=0.5).fit(module, loader())
-        states.append(module.state_dict())
-        monkeypatch.setattr(FreezeLastLayerCallback, "on_train_batch_start", lambda *args: None)
-    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
-
-
-# What a newcomer to the code would get wrong.
-
-
-def test_an_epoch_that_was_left_out_is_no_false_alarm():
-    class LeaveOut(Toy):
+def test_a_skipped_epoch_raises_no_error():
+    class SkipFirstEpoch(Toy):
         def on_train_batch_start(self, batch, batch_idx):
             return -1 if self.current_epoch == 0 else None
 
     callback = FreezeLastLayerCallback(1)
-    fit(LeaveOut(), callback)
+    fit(SkipFirstEpoch(), callback)
     assert callback.receipt.startswith("student.head.last_layer frozen for 0 optimizer steps")
 
 
-def test_data_that_stop_short_of_their_announced_length_end_the_freeze_all_the_same():
-    """Lightning then knows of no last batch. As of an iterable dataset with several workers and drop_last."""
+def test_data_shorter_than_their_length_end_the_freeze():
+    """Lightning then sees no last batch, as with an iterable dataset, several workers and drop_last."""
 
     class Short:
         def __len__(self):
@@ -413,7 +359,7 @@ def test_a_limit_in_steps_may_fall_inside_a_batch(steps, moved):
     assert f"released at step {steps}" in callback.receipt
 
 
-def test_heads_that_share_their_layer_are_no_false_alarm():
+def test_heads_that_share_their_layer_raise_no_error():
     module = Toy(freeze_last_layer=1)
     module.student["other"] = DINOProjectionHead(8, 8, 4, 16, batch_norm=False, freeze_last_layer=1)
     module.student["other"].last_layer.weight_v = module.student["head"].last_layer.weight_v
@@ -422,7 +368,7 @@ def test_heads_that_share_their_layer_are_no_false_alarm():
 
 
 @pytest.mark.parametrize("limits", [({"steps": 6}, {"freeze_last_layer": 1}), ({"freeze_last_layer": 1}, {"steps": 6})])
-def test_instances_that_freeze_the_same_layer_are_no_false_alarm(limits):
+def test_instances_that_freeze_the_same_layer_raise_no_error(limits):
     callbacks = [FreezeLastLayerCallback(**limit) for limit in limits]
     assert fit(Toy(), *callbacks).moved == [False] * 6 + [True] * 6
     assert all(callback.receipt for callback in callbacks)
@@ -430,7 +376,7 @@ def test_instances_that_freeze_the_same_layer_are_no_false_alarm(limits):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler looks at all attributes
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated")  # and makes instances of functions
-def test_a_compiled_head_named_means_its_last_layer():
+def test_of_a_named_compiled_head_the_last_layer_is_frozen():
     module = Toy()
     mlp = module.student["head"].layers[0].weight
     before, weight = mlp.detach().clone(), module.student["head"].last_layer.weight_v.detach().clone()
@@ -442,7 +388,7 @@ def test_a_compiled_head_named_means_its_last_layer():
     assert not torch.equal(mlp, before)
 
 
-def test_a_run_that_ends_inside_the_freeze_says_so_and_a_resumed_one_takes_it_back(tmp_path):
+def test_a_resumed_run_withdraws_the_receipt_of_a_run_that_ended_inside_the_freeze(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
     callback = FreezeLastLayerCallback(1)
     fit(Toy(), callback, checkpoint, enable_checkpointing=True, max_steps=2)
@@ -459,7 +405,7 @@ def test_a_run_that_ends_inside_the_freeze_says_so_and_a_resumed_one_takes_it_ba
     assert "bitwise unchanged on 1 of 1 ranks at step 4 (since step 2, where the run was resumed)" in callback.receipt
 
 
-def test_a_trainer_that_goes_on_inside_the_freeze_takes_the_receipt_back():
+def test_a_trainer_that_continues_inside_the_freeze_withdraws_the_receipt():
     callback, module, seen = FreezeLastLayerCallback(), Toy(), []
 
     class See(Callback):
@@ -475,14 +421,14 @@ def test_a_trainer_that_goes_on_inside_the_freeze_takes_the_receipt_back():
     assert callback.receipt.endswith("released at step 8")
 
 
-def test_an_unused_head_under_a_raw_optimizer_is_no_silent_freeze():
+def test_an_unused_head_under_a_raw_optimizer_raises():
     module = Manual("lightning", "torch", freeze_last_layer=1)
     module.student["head"].forward = lambda x: module.teacher["head"](x) + x.sum()
     with pytest.raises(MisconfigurationException, match="never had a gradient to cancel"):
         fit(module, FreezeLastLayerCallback())
 
 
-# Refusals: each names the module, the cause and the remedy.
+# Errors: each names the module, the cause and the remedy.
 
 
 class Move(Callback):
@@ -497,23 +443,23 @@ class Move(Callback):
                 pl_module.student["head"].last_layer.weight_v[0, 0] += 1e-6
 
 
-def test_a_layer_that_moved_in_the_first_two_steps_stops_at_once():
-    with pytest.raises(MisconfigurationException, match=r"moved while it was frozen \(seen at optimizer step 2\)"):
+def test_a_change_in_the_first_two_steps_raises_at_once():
+    with pytest.raises(MisconfigurationException, match=r"changed while it was frozen \(seen at optimizer step 2\)"):
         fit(Toy(), Move(at=1), FreezeLastLayerCallback())
 
 
 @pytest.mark.parametrize("limit", [{}, {"steps": 4}])
-def test_a_layer_that_moved_later_stops_at_the_end_of_the_epoch(limit):
-    with pytest.raises(MisconfigurationException, match=r"moved while it was frozen \(seen at optimizer step 4\)"):
+def test_a_later_change_raises_at_the_end_of_the_epoch(limit):
+    with pytest.raises(MisconfigurationException, match=r"changed while it was frozen \(seen at optimizer step 4\)"):
         fit(Toy(), Move(at=3), FreezeLastLayerCallback(**limit))
 
 
-def test_a_layer_that_moved_before_a_run_ended_inside_the_freeze():
-    with pytest.raises(MisconfigurationException, match="moved while it was frozen"):
+def test_a_change_before_a_run_ends_inside_the_freeze_raises():
+    with pytest.raises(MisconfigurationException, match="changed while it was frozen"):
         fit(Toy(), Move(at=2), FreezeLastLayerCallback(), max_steps=3)
 
 
-def test_a_head_replaced_while_frozen_stops():
+def test_a_head_replaced_while_frozen_raises():
     class Replace(Callback):
         def on_train_batch_start(self, trainer, pl_module, *_):
             if trainer.global_step == 1:
@@ -524,7 +470,7 @@ def test_a_head_replaced_while_frozen_stops():
         fit(Toy(), Replace(), FreezeLastLayerCallback())
 
 
-def test_a_layer_outside_of_the_loss_stops_at_the_freezes_end():
+def test_a_layer_outside_of_the_loss_raises_at_the_end_of_the_freeze():
     module = Toy()
     module.student["unused"] = DINOProjectionHead(8, 8, 4, 16, freeze_last_layer=1)
     message = r"student.unused.last_layer was frozen for 4 optimizer steps, but never had a gradient to cancel"
@@ -532,7 +478,7 @@ def test_a_layer_outside_of_the_loss_stops_at_the_freezes_end():
         fit(module, FreezeLastLayerCallback())
 
 
-def test_a_run_that_ends_inside_a_freeze_without_gradients_stops_too():
+def test_a_run_that_ends_inside_a_freeze_without_gradients_raises():
     module = Toy()
     module.student["unused"] = DINOProjectionHead(8, 8, 4, 16, freeze_last_layer=9)
     with pytest.raises(MisconfigurationException, match="never had a gradient to cancel"):
@@ -544,7 +490,7 @@ def test_a_run_that_ends_inside_a_freeze_without_gradients_stops_too():
     [
         (Toy(freeze_last_layer=-1), {}, r"would freeze nothing: student.head.last_layer has freeze_last_layer=-1"),
         (Toy(), {"module": "student.haed"}, r"Toy has no submodule 'student.haed' .* it has student, teacher"),
-        (Toy(), {"module": "student.backbone"}, r"'student.backbone' is a Linear, .* give the callback a limit"),
+        (Toy(), {"module": "student.backbone"}, r"'student.backbone' is a Linear, .* set a limit in the callback"),
         (Toy(), {"freeze_last_layer": 1, "module": "teacher.head"}, r"teacher.head.last_layer has no trainable"),
         (Toy(), {"steps": 1, "module": "teacher.backbone"}, r"teacher.backbone has no trainable parameter"),
     ],
@@ -565,7 +511,7 @@ def test_no_head_is_refused():
 
 
 def test_a_hidden_last_layer_is_refused():
-    """What FSDP with flat parameters leaves: a last layer without parameters."""
+    """FSDP with flat parameters leaves a last layer without parameters."""
     module = Toy()
     module.student["head"].last_layer.requires_grad_(False)
     with pytest.raises(

@@ -54,7 +54,7 @@ def accuracy(module, train, test, k=5, **groups):
 
 
 class ByHand(Callback):
-    """At the end of each epoch, the accuracy by hand."""
+    """Computes the accuracy by hand at the end of each epoch."""
 
     def __init__(self):
         self.expected = []
@@ -89,7 +89,7 @@ class Validated(TinyDINO):
         self.log("val", 0.0)
 
 
-def test_the_value_is_there_when_a_validation_ends():
+def test_the_value_is_logged_before_validation_ends():
     class Look(Callback):
         def on_validation_end(self, trainer, pl_module):
             if not trainer.sanity_checking:
@@ -118,7 +118,7 @@ def test_checkpoints_and_early_stopping_can_monitor_it(validation, tmp_path):
     assert [row["epoch"] for row in watch.history] == [0, 1]
 
 
-def test_the_sanity_check_and_validate_are_no_probes():
+def test_the_sanity_check_and_validate_do_not_probe():
     module, watch = seeded(), probe()
     module.__class__ = Validated
     seen = []
@@ -143,7 +143,7 @@ class Noisy(TensorDataset):
 
 
 class Modes(Callback):
-    """One module in evaluation mode, and the modes of all at each batch."""
+    """Sets one module to evaluation mode, and records the modes of all at each batch."""
 
     def __init__(self):
         self.modes = []
@@ -156,7 +156,7 @@ class Modes(Callback):
 
 
 def random_run(*callbacks, generator=None):
-    """Everything that could differ: weights, modes, batches drawn, random states at the end."""
+    """Everything that could differ: weights, modes, and random states at the end."""
     module = seeded()
     for side in (module.student, module.teacher):
         side["backbone"] = nn.Sequential(side["backbone"], nn.BatchNorm1d(4), nn.Dropout(0.2))
@@ -171,7 +171,7 @@ def random_run(*callbacks, generator=None):
     return module.state_dict(), modes.modes, states, None if generator is None else generator.get_state()
 
 
-def test_training_is_bitwise_the_same_without_it():
+def test_training_is_bitwise_the_same_without_the_callback():
     noisy = [Noisy(*labelled().dataset.tensors), Noisy(*labelled(20, seed=4).dataset.tensors)]
     loaders = [DataLoader(data, batch_size=8, shuffle=True) for data in noisy]
     without, watch = random_run(), probe(*loaders)
@@ -182,7 +182,7 @@ def test_training_is_bitwise_the_same_without_it():
     torch.testing.assert_close(without[2], with_it[2], rtol=0, atol=0)
 
 
-def test_a_generator_that_training_and_probe_share_is_left_alone():
+def test_a_generator_that_training_and_probe_share_is_restored():
     generator = torch.Generator().manual_seed(7)
     without = random_run(generator=generator)
     generator.manual_seed(7)
@@ -200,7 +200,7 @@ def test_a_generator_that_training_and_probe_share_is_left_alone():
     torch.testing.assert_close(without, random_run(watch, generator=generator), rtol=0, atol=0)
 
 
-def test_so_it_is_when_a_probe_fails():
+def test_training_is_bitwise_the_same_when_a_probe_fails():
     broken = labelled()
     broken.dataset.tensors[0].fill_(math.nan)
     with pytest.warns(UserWarning, match="knn/top1 has no value"):
@@ -231,7 +231,7 @@ class Stream(IterableDataset):
         ({"test": DataLoader(torch.randn(20, 1, 8, 8))}, "labels are missing: .* got a Tensor"),
         ({"k": 49}, "k=49 are to vote, but there are only 48 voters"),
         ({"train": labelled(classes=1)}, "all 48 voters have the label 0"),
-        ({"train": DataLoader(Stream([]), batch_size=None)}, "there is no data: the loader gave no batch"),
+        ({"train": DataLoader(Stream([]), batch_size=None)}, "there is no data: the loader yielded no batch"),
         ({"test": []}, "there is no data"),
         ({"test": [(torch.randn(4, 1, 8, 8), torch.rand(4))]}, "labels and groups must be tensors of integers"),
         ({"test": [([torch.randn(4, 1, 8, 8)] * 2, torch.zeros(4).long())]}, "TypeError: "),  # views
@@ -241,9 +241,11 @@ class Stream(IterableDataset):
         ({"test": DataLoader(Corrupt(*labelled().dataset.tensors), 8)}, "OSError: truncated"),
     ],
 )
-def test_what_makes_a_probe_impossible_is_said_once_and_training_goes_on(options, message):
+def test_a_probe_that_cannot_run_warns_once_and_training_continues(options, message):
     watch = probe(**options)
-    with pytest.warns(UserWarning, match=f"knn/top1 has no value in epoch 0, and training goes on: {message}") as given:
+    with pytest.warns(
+        UserWarning, match=f"knn/top1 has no value in epoch 0, and training continues: {message}"
+    ) as given:
         run = fit(seeded(), watch)
     assert len([w for w in given if "knn/top1" in str(w.message)]) == 1
     assert run.global_step == 12
@@ -251,7 +253,7 @@ def test_what_makes_a_probe_impossible_is_said_once_and_training_goes_on(options
     assert watch.receipt is None
 
 
-def test_features_that_are_not_finite_are_said():
+def test_features_that_are_not_finite_cause_a_warning():
     class Break(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 1:
@@ -263,8 +265,8 @@ def test_features_that_are_not_finite_are_said():
     assert [row["epoch"] for row in watch.history] == [0]
 
 
-def test_a_module_that_does_not_pool_is_said():
-    with pytest.warns(UserWarning, match=r"features \(B, D\) are needed, and the module gives \(10, 4, 6, 6\)"):
+def test_a_module_that_does_not_pool_causes_a_warning():
+    with pytest.warns(UserWarning, match=r"features must be \(B, D\), but the module returns \(10, 4, 6, 6\)"):
         fit(seeded(), probe(module="teacher.backbone.0"))
 
 
@@ -323,7 +325,7 @@ def test_the_datamodules_loaders(data, train, test):
 
 
 def test_without_data_training_does_not_start():
-    with pytest.raises(MisconfigurationException, match=re.escape("give it two loaders of batches (inputs, labels)")):
+    with pytest.raises(MisconfigurationException, match=re.escape("pass two loaders of batches (inputs, labels)")):
         fit(seeded(), KNNProbeCallback())
     with pytest.raises(MisconfigurationException, match="has no knn_dataloaders and no test_dataloader"):
         fit(seeded(), KNNProbeCallback(labelled()))
@@ -360,7 +362,7 @@ class Endless(torch.utils.data.Sampler):
 
 
 @pytest.mark.parametrize("kind", ["stream", "endless sampler"])
-def test_data_without_an_end_are_taken_up_to_the_most(kind):
+def test_endless_data_are_taken_up_to_the_maximum(kind):
     data = labelled(100).dataset
     if kind == "stream":
         loader = DataLoader(Stream(data[index % 100] for index in itertools.count()), batch_size=10)
@@ -430,10 +432,10 @@ def test_groups_come_with_the_batches():
     assert found[1] < 0.7
 
 
-# A run that goes on, and processes
+# Resumed runs, and two processes
 
 
-def test_a_resumed_run_goes_on_with_its_history(tmp_path):
+def test_a_resumed_run_continues_its_history(tmp_path):
     save = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     whole = probe()
     fit(seeded(), *rules(), whole, save, enable_checkpointing=True)
@@ -454,10 +456,10 @@ def test_arguments_out_of_range(options):
 
 
 @pytest.mark.distributed
-def test_two_processes_find_what_one_finds(tmp_path):
+def test_two_processes_equal_one(tmp_path):
     one = distributed_fits.watched(tmp_path)
     first, second = run_in_processes(distributed_fits.watched, tmp_path)
-    assert second["unlabelled warnings"] == [0]  # said by the first alone
+    assert second["unlabelled warnings"] == [0]  # the first process warns alone
     for rank in (first, {**second, "unlabelled warnings": [1]}):
         assert rank.keys() == one.keys()
         for name in one:

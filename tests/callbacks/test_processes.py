@@ -49,7 +49,7 @@ def test_two_processes_with_half_a_batch_equal_one_with_the_whole(two, one, stra
 
 
 @pytest.mark.parametrize("strategy", ACCUMULATED)
-def test_so_they_do_under_accumulation(two, one, strategy):
+def test_two_processes_under_accumulation_equal_one(two, one, strategy):
     torch.testing.assert_close(two[0][strategy]["state"], one[1], rtol=1e-4, atol=1e-5)
 
 
@@ -61,7 +61,7 @@ def test_manual_accumulation_in_two_processes_equals_one(tmp_path):
         torch.testing.assert_close(rank["state"], one["state"], rtol=1e-4, atol=1e-5)
 
 
-def test_shards_that_hide_or_hold_back_parameters_are_refused(tmp_path):
+def test_shards_that_hide_or_gather_parameters_are_refused(tmp_path):
     for errors in run_in_processes(distributed_fits.refusals, tmp_path):
         assert "student.head._fsdp_wrapped_module.last_layer" in errors["flat"]
         assert "no trainable parameter after the strategy's set-up" in errors["flat"]

@@ -1,4 +1,4 @@
-"""The callbacks in a Trainer of the package pytorch_lightning, which has classes of its own."""
+"""All callbacks in a Trainer of the package pytorch_lightning, which has classes of its own."""
 
 import copy
 

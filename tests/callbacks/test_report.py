@@ -17,13 +17,12 @@ from matplotlib import image
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import dino_head.callbacks
+import dino_head.callbacks.report
 from dino_head import DINOLoss, DINOProjectionHead
 from dino_head.callbacks import CollapseMonitorCallback, KNNProbeCallback, ReportCallback
-from dino_head.callbacks import _figures as figures
-from dino_head.callbacks import _pictures as pictures
-from dino_head.callbacks._figures import overview
-from dino_head.callbacks.report import stretched
+from dino_head.callbacks.report import charts, pictures
+from dino_head.callbacks.report.charts import overview
+from dino_head.callbacks.report.curves import rescale_curves
 
 FILES = {"report.html", "overview.png", "neighbours.png"}
 WATCHED = FILES | {"curves.json"}
@@ -58,12 +57,12 @@ def fit(module, *callbacks, data=None, **options):
 @pytest.fixture(autouse=True)
 def few_neighbours(monkeypatch):
     """Drawing costs most of these tests' time, and each neighbour is a plot of its own."""
-    monkeypatch.setattr(figures, "SHOWN", 2)
-    monkeypatch.setattr(figures, "NEIGHBOURS", 1)
+    monkeypatch.setattr(charts, "SHOWN", 2)
+    monkeypatch.setattr(charts, "NEIGHBOURS", 1)
 
 
 class Page(HTMLParser):
-    """The texts of a page by their tag, and where its pictures and links lead."""
+    """The texts of a page by their tag, and the sources of its pictures and links."""
 
     def __init__(self, file):
         super().__init__()
@@ -83,7 +82,7 @@ class Page(HTMLParser):
             self.texts.setdefault(self.open[-1], []).append(data.strip())
 
 
-def test_the_page_shows_what_the_others_have_seen(tmp_path):
+def test_the_page_shows_the_results_of_the_other_callbacks(tmp_path):
     monitor, probe, report = watching(tmp_path / "report")
     fit(seeded(), *rules(), monitor, probe, report)
     assert {file.name for file in (tmp_path / "report").iterdir()} == WATCHED
@@ -91,15 +90,15 @@ def test_the_page_shows_what_the_others_have_seen(tmp_path):
     last = monitor.history[-1]
     assert dict(zip(page.texts["dt"], page.texts["dd"], strict=True)) == {
         "loss, nats": f"{last['loss']:.3f}",
-        "loss / ln K": f"{last['loss_per_lnK']:.3f}",
+        "loss, normalized": f"{last['loss_normalized']:.3f}",
         "teacher entropy": f"{last['teacher_entropy']:.3f}",
         "KL": f"{last['kl']:.3f}",
         "RankMe": f"{last['rankme']:.1f}",
-        "prototypes, effective": f"{last['prototypes_effective']:.1f}",
+        "prototype perplexity": f"{last['prototype_perplexity']:.1f}",
         "kNN top-1": f"{100 * probe.history[-1]['top1']:.2f}%",
     }
     assert page.texts["h2"] == ["Diagnosis", "Course of the run", "Nearest neighbours", "Receipts of the callbacks"]
-    assert page.texts["p"][1] == "Too early to tell: a diagnosis needs 1000 looks."
+    assert page.texts["p"][1] == "Too early to tell: a diagnosis needs 1000 measurements."
     assert [text.split(" ")[0] for text in page.texts["li"]] == [
         "student.head.last_layer", "teacher", "weight_decay", "looked", "knn/top1",
     ]  # fmt: skip
@@ -119,9 +118,9 @@ def test_the_page_is_one_file_with_the_pictures_in_it(tmp_path):
     assert pixels.std() > 0.05
 
 
-def test_a_run_without_a_diagnosis_is_said_to_have_none(tmp_path):
+def test_the_page_of_a_run_without_a_diagnosis_reports_none(tmp_path):
     monitor = CollapseMonitorCallback(2, patience=6)
-    monitor._say = lambda *_: None
+    monitor._report = lambda *_: None
     fit(seeded(), monitor, ReportCallback(tmp_path))
     assert Page(tmp_path / "report.html").texts["p"][1].startswith("Nothing is wrong")
     assert monitor.receipt.endswith("diagnosis: none")
@@ -136,12 +135,12 @@ def test_diagnoses_are_shown_and_texts_are_escaped(tmp_path):
 
     fit(seeded(), monitor, probe, Say(), report)
     text = (tmp_path / "report.html").read_text()
-    assert '<p class="said bad">uniform teacher: &lt;b&gt;5 &amp; 6&lt;/b&gt;</p>' in text
-    assert '<p class="said mild">no collapse: </p>' in text
+    assert '<p class="diagnosis bad">uniform teacher: &lt;b&gt;5 &amp; 6&lt;/b&gt;</p>' in text
+    assert '<p class="diagnosis mild">no collapse: </p>' in text
 
 
 class Written(Callback):
-    """The epochs in which the page was there or changed."""
+    """The epochs in which the page appeared or changed."""
 
     def __init__(self, file):
         self.file, self.epochs, self.last = file, [], None
@@ -203,11 +202,11 @@ def random_run(*callbacks):
     return module.state_dict(), torch.get_rng_state()
 
 
-def test_training_is_bitwise_the_same_without_it(tmp_path):
+def test_training_is_bitwise_the_same_without_the_callback(tmp_path):
     torch.testing.assert_close(random_run(), random_run(*watching(tmp_path, every_n_epochs=1)), rtol=0, atol=0)
 
 
-def test_a_resumed_run_overwrites_its_own_report_and_a_new_run_no_other(tmp_path):
+def test_a_resumed_run_overwrites_its_report_and_a_new_run_raises(tmp_path):
     save = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", save_top_k=-1)
     fit(seeded(), *rules(), *watching(tmp_path), save, enable_checkpointing=True)
     before = (tmp_path / "report.html").read_bytes()
@@ -233,7 +232,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_bytes", disk_is_full)
     run = trainer(ReportCallback(tmp_path, images(), images()), max_epochs=2)
     (tmp_path / "report.html").rename(tmp_path / "old.html")
-    with pytest.warns(UserWarning, match=r"no report in epoch \d, and training goes on: .*No space left"):
+    with pytest.warns(UserWarning, match=r"no report in epoch \d, and training continues: .*No space left"):
         run.fit(seeded(), view_loader())
     (tmp_path / "old.html").rename(tmp_path / "report.html")
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -241,18 +240,18 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [([], "a loader gave no batch"), (images(shape=(2, 8, 8)), "expected input.* to have 1 channels")],
+    [([], "a loader yielded no batch"), (images(shape=(2, 8, 8)), "expected input.* to have 1 channels")],
 )
-def test_what_cannot_be_drawn_is_said_and_training_goes_on(data, message, tmp_path):
+def test_data_that_cannot_be_drawn_cause_a_warning_and_training_continues(data, message, tmp_path):
     watch = ReportCallback(tmp_path, data, data)
-    with pytest.warns(UserWarning, match=f"with fewer pictures in epoch 3, and training goes on: .*{message}"):
+    with pytest.warns(UserWarning, match=f"with fewer pictures in epoch 3, and training continues: .*{message}"):
         run = fit(seeded(), *watching(tmp_path)[:1], watch)
     assert run.global_step == 12
     assert {file.name for file in tmp_path.iterdir()} == {"report.html", "overview.png", "curves.json"}
 
 
 @pytest.mark.filterwarnings("ignore:not finite")
-def test_of_weights_that_are_not_finite_there_is_a_page_with_the_diagnosis(tmp_path):
+def test_weights_that_are_not_finite_still_get_a_page_with_the_diagnosis(tmp_path):
     class Break(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 1:
@@ -265,15 +264,15 @@ def test_of_weights_that_are_not_finite_there_is_a_page_with_the_diagnosis(tmp_p
     assert any(text.startswith("not finite: ") for text in page.texts["p"])
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+def test_without_matplotlib_an_error_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "dino_head.callbacks._figures", raising=False)
-    monkeypatch.delattr(dino_head.callbacks, "_figures", raising=False)
-    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+    monkeypatch.delitem(sys.modules, "dino_head.callbacks.report.charts", raising=False)
+    monkeypatch.delattr(dino_head.callbacks.report, "charts", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r'ReportCallback needs matplotlib: pip install "dino-head\[train\]"'):
         fit(seeded(), ReportCallback(tmp_path))
 
 
-# What there is to draw
+# Charts and pictures
 
 
 def test_alone_it_writes_the_receipts(tmp_path):
@@ -293,8 +292,8 @@ def test_images_without_labels_are_drawn_without_frames(tmp_path):
 
 
 def test_frames_tell_right_from_wrong(tmp_path, monkeypatch):
-    """Neighbours of an image among the same images: the nearest is itself."""
-    monkeypatch.setattr(figures, "NEIGHBOURS", 6)
+    """Among the same images, the nearest neighbour of an image is itself."""
+    monkeypatch.setattr(charts, "NEIGHBOURS", 6)
     data = images(12)
     watch = ReportCallback(tmp_path, data, data)
     fit(seeded(), watch)
@@ -328,11 +327,11 @@ def vit(channels=1, registers=0):
 
 
 @pytest.mark.parametrize("registers", [0, 4])
-def test_patch_tokens_and_attention_are_drawn_where_the_backbone_offers_them(registers, tmp_path):
+def test_patch_tokens_and_attention_of_the_backbone_are_drawn(registers, tmp_path):
     fit(vit(registers=registers), ReportCallback(tmp_path, images(), images(seed=2)))
     assert {file.name for file in tmp_path.iterdir()} == {*FILES, "patches.png"}
     page = Page(tmp_path / "report.html")
-    assert "What the patches say" in page.texts["h2"]
+    assert "Patch tokens and attention" in page.texts["h2"]
     pixels = image.imread(tmp_path / "patches.png")[..., :3]
     assert np.ptp(pixels, axis=-1).max() > 0.5  # in colours
 
@@ -349,7 +348,7 @@ def test_maps_are_the_tokens_components_and_the_class_tokens_attention():
     first = torch.linalg.svd(found.reshape(24, 16) - found.reshape(24, 16).mean(dim=0))[2][0]
     along = (found.reshape(24, 16) - found.reshape(24, 16).mean(dim=0)) @ first
     correlation = torch.corrcoef(torch.stack([along, colours[..., 0].flatten()]))[0, 1].abs()
-    assert correlation > 0.98  # but for the outermost percent, which is cut off
+    assert correlation > 0.98  # the outermost percent is cut off
 
 
 @pytest.mark.parametrize(("height", "width", "extra"), [(8, 8, 1), (8, 16, 1), (24, 24, 5), (16, 8, 0)])
@@ -408,7 +407,7 @@ def test_volumes_are_shown_by_their_middle_slice(tmp_path):
     assert {file.name for file in tmp_path.iterdir()} == FILES
 
 
-def test_inputs_that_are_no_images_are_a_map_alone(tmp_path):
+def test_inputs_that_are_no_images_get_only_a_map(tmp_path):
     class Flat(nn.Module):
         def __init__(self):
             super().__init__()
@@ -467,7 +466,7 @@ def test_pictures_go_to_loggers_that_take_them(tmp_path):
     assert other.experiment.sent == [("report/overview", 4, 12, "HWC"), ("report/neighbours", 4, 12, "HWC")]
 
 
-def test_the_folder_is_the_loggers_where_none_is_given(tmp_path):
+def test_the_folder_defaults_to_the_loggers(tmp_path):
     fit(seeded(), ReportCallback(), logger=CSVLogger(tmp_path, name="mine"), log_every_n_steps=1)
     assert (tmp_path / "mine" / "version_0" / "report.html").exists()
     fit(seeded(), ReportCallback(), default_root_dir=tmp_path / "root")
@@ -480,7 +479,7 @@ def test_arguments_out_of_range(options):
         ReportCallback(**options)
 
 
-def test_one_loader_without_the_other_is_said_when_training_starts(tmp_path):
+def test_one_loader_without_the_other_raises_when_training_starts(tmp_path):
     with pytest.raises(
         MisconfigurationException, match="needs images, and TinyDINO has no knn_dataloaders and no test_"
     ):
@@ -508,31 +507,32 @@ def test_a_backbone_whose_patch_tokens_fail_keeps_the_other_pictures(method, tmp
     assert {file.name for file in tmp_path.iterdir()} == FILES
 
 
-def test_a_fast_dev_run_leaves_nothing_behind(tmp_path):
+def test_a_fast_dev_run_writes_nothing(tmp_path):
     fit(seeded(), *watching(tmp_path), fast_dev_run=True)
     fit(seeded(), *watching(tmp_path), max_epochs=1)
     assert {file.name for file in tmp_path.iterdir()} == WATCHED
     before = (tmp_path / "report.html").read_bytes()
-    fit(seeded(), *watching(tmp_path), fast_dev_run=True)  # to try a change, beside a finished run
+    fit(seeded(), *watching(tmp_path), fast_dev_run=True)  # beside a finished run
     assert (tmp_path / "report.html").read_bytes() == before
 
 
-def test_a_module_that_is_not_there_is_said_when_training_starts(tmp_path):
+def test_a_missing_module_raises_when_training_starts(tmp_path):
     with pytest.raises(MisconfigurationException, match=re.escape("has no submodule 'net'")):
         fit(seeded(), ReportCallback(tmp_path, images(), images(), module="net"))
 
 
 def curves(steps=100):
-    """Of a run that went well, as a report writes them."""
+    """Curves of a good run, as a report writes them."""
     looks = [
-        {"step": float(step), "loss_per_lnK": 1 - step / 200, "teacher_entropy_per_lnK": 0.5} for step in (0, 50, 100)
+        {"step": float(step), "loss_normalized": 1 - step / 200, "teacher_entropy_normalized": 0.5}
+        for step in (0, 50, 100)
     ]
     return {"steps": steps, "looks": looks, "probes": [{"step": 50.0, "top1": 0.25}, {"step": 100.0, "top1": 0.75}]}
 
 
-def test_a_report_lies_over_the_curves_of_another_run(tmp_path, monkeypatch):
+def test_a_report_draws_the_curves_of_another_run(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "overview", lambda *args, **options: drawn.append(overview(*args)) or drawn[-1])
+    monkeypatch.setattr(charts, "overview", lambda *args, **options: drawn.append(overview(*args)) or drawn[-1])
     file = tmp_path / "curves.json"
     file.write_text(json.dumps(curves()))
     run = fit(seeded(), *watching(tmp_path / "one", reference=file), max_epochs=2)
@@ -540,18 +540,18 @@ def test_a_report_lies_over_the_curves_of_another_run(tmp_path, monkeypatch):
     lines = {line.get_label(): line.get_xydata() for line in loss.lines}
     (level,) = {line.get_ydata()[0] for line in loss.lines if "uniform" in line.get_label()}
     assert level == pytest.approx(np.log(16))
-    steps = run.global_step  # to which the 100 steps of the reference are stretched
+    steps = run.global_step  # the 100 steps of the reference are rescaled to them
     expected = [[0, level], [steps / 2, 0.75 * level], [steps, level / 2]]
     np.testing.assert_allclose(lines["reference: loss"], expected, rtol=1e-6)
     np.testing.assert_allclose(lines["reference: teacher entropy"][:, 1], level / 2, rtol=1e-6)
     knn = [line.get_xydata() for line in quality.lines if line.is_dashed()]
     np.testing.assert_allclose(knn, [[[steps / 2, 25], [steps, 75]]])
     assert "Dashed: the reference" in (tmp_path / "one" / "report.html").read_text()
-    fit(seeded(), *watching(tmp_path / "other", reference=tmp_path / "one" / "curves.json"))  # one's own, for another
+    fit(seeded(), *watching(tmp_path / "other", reference=tmp_path / "one" / "curves.json"))
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "[1]", '{"steps": 1, "looks": [{}], "probes": []}'])
-def test_a_reference_that_is_none_is_said(text, tmp_path):
+def test_a_file_that_is_no_reference_raises(text, tmp_path):
     file = tmp_path / "curves.json"
     if text is not None:
         file.write_text(text)
@@ -559,6 +559,6 @@ def test_a_reference_that_is_none_is_said(text, tmp_path):
         ReportCallback(tmp_path, reference=file)
 
 
-def test_a_run_without_an_end_is_laid_over_step_by_step():
-    assert stretched(curves(), {"steps": float("inf")})["loss_per_lnK"][0] == [0, 50, 100]
-    assert stretched(curves(), {"steps": 1000})["top1"] == ([500, 1000], [0.25, 0.75])
+def test_a_reference_is_not_rescaled_to_a_run_without_an_end():
+    assert rescale_curves(curves(), float("inf"))["loss_normalized"][0] == [0, 50, 100]
+    assert rescale_curves(curves(), 1000)["top1"] == ([500, 1000], [0.25, 0.75])

@@ -25,7 +25,7 @@ from dino_head.callbacks.testing import (
 
 
 class ToyDINO(Toy):
-    """A module that owes nothing to the example: its own backbone, DINO's loss on logits of noisy copies."""
+    """A module apart from the example: its own backbone, DINO's loss on logits of noisy copies."""
 
     def __init__(self, make_optimizer=None, **head):
         super().__init__(*(() if make_optimizer is None else (make_optimizer,)), **head)
@@ -81,8 +81,8 @@ def run(module, data, *callbacks, **options):
     return module
 
 
-def test_the_rules_do_something(case):
-    """The comparisons below compare runs in which everything has moved."""
+def test_the_rules_change_all_weights(case):
+    """So the comparisons below compare runs in which everything has changed."""
     make, data = case
     start, end = make(), run(make(), data())
     for name, value in end.state_dict().items():
@@ -105,7 +105,7 @@ def test_the_order_of_the_callbacks_does_not_matter(case):
 
 @pytest.mark.parametrize("optimizer_steps", [3, 2.5])
 def test_accumulated_micro_batches_equal_one_batch(case, optimizer_steps):
-    """4 x a quarter; in a partial last window Lightning still divides by 4, as if the loss were scaled by n / 4."""
+    """Four quarters equal a whole; Lightning divides a partial window by 4, as if its loss were scaled by n / 4."""
     make, data = case
 
     class Scaled(make().__class__):
@@ -121,7 +121,7 @@ def test_accumulated_micro_batches_equal_one_batch(case, optimizer_steps):
     close(in_parts, whole)
 
 
-def test_the_center_waits_for_the_step_and_moves_by_itself_without_the_callback(case):
+def test_the_center_is_updated_once_a_step_and_without_the_callback_in_each_forward(case):
     make, data = case
     seen = []
 
@@ -141,14 +141,14 @@ def test_a_call_between_micro_batches_does_not_mix_with_their_window(case):
         def on_train_batch_end(self, trainer, pl_module, *_):
             copy_of_state = copy.deepcopy(center(pl_module))
             center_owner(pl_module)(torch.full((2, 4, 16), 9.0), torch.randn(2, 4, 16))
-            center(pl_module).copy_(copy_of_state)  # what the call itself did
+            center(pl_module).copy_(copy_of_state)  # undo the effect of the call itself
 
     make, data = case
     called = run(make(), data(), *rules(), Call(), accumulate_grad_batches=2)
     equal(called, run(make(), data(), accumulate_grad_batches=2))
 
 
-def test_a_center_that_the_user_defers_stays_so(case):
+def test_a_center_that_the_user_defers_stays_deferred(case):
     make, data = case
     module = make()
     center_owner(module).defer_center_update = True
@@ -156,7 +156,7 @@ def test_a_center_that_the_user_defers_stays_so(case):
     assert center_owner(module).defer_center_update
 
 
-def test_after_training_the_center_moves_by_itself_again(case):
+def test_after_training_each_forward_updates_the_center_again(case):
     make, data = case
     module = run(make(), data())
     (loss,) = [loss for loss in module.modules() if isinstance(loss, DINOLoss)]
@@ -220,7 +220,7 @@ def precision(request):
 
 
 def larger(module):
-    """A narrow head's output is tiny (0.02 a layer): gradients overflow in float16, unlike those of a wide one."""
+    """A narrow head's output is tiny (0.02 a layer), so its gradients overflow in float16, unlike a wide head's."""
     with torch.no_grad():
         for side in (module.student, module.teacher):
             for parameter in side["head"].layers.parameters():
@@ -229,7 +229,7 @@ def larger(module):
 
 
 def test_the_rules_hold_in_low_precision(case, precision):
-    """Accumulation to what the precision itself makes: 8 (bf16) or 11 bits of each product."""
+    """Accumulation within the rounding of the precision: 8 (bf16) or 11 bits of each product."""
     make, data = case
 
     def ordered():
@@ -246,8 +246,8 @@ def test_the_rules_hold_in_low_precision(case, precision):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_step_that_a_grad_scaler_skips_moves_nothing(fused):
-    """An enormous scale overflows the first gradients: the scaler skips, and halves it until they fit."""
+def test_a_step_that_a_grad_scaler_skips_updates_nothing(fused):
+    """A large scale overflows the first gradients; the scaler skips steps and halves the scale until they fit."""
     module = larger(ToyDINO(lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=fused)))
     seen, callbacks = [], rules()
 
@@ -313,7 +313,7 @@ def overflow_in_step(step, side=None, of_weights=False):
         ({"side": "teacher"}, "outputs of the teacher are not finite"),
     ],
 )
-def test_a_loss_that_is_not_finite_stops_before_anything_moves(broken, cause, tmp_path):
+def test_a_loss_that_is_not_finite_raises_before_any_update(broken, cause, tmp_path):
     save = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=1)
     with pytest.raises(FloatingPointError, match=rf"the loss is nan in epoch 1, at optimizer step 6: the {cause}"):
         run(ToyDINO(), loader(), *rules(), overflow_in_step(6, **broken), save, enable_checkpointing=True)
@@ -324,7 +324,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_moves(broken, cause, tm
 
 @pytest.mark.parametrize("interruption", ["nan", "inside a window"])
 def test_an_interrupted_step_leaves_nothing_for_the_next_run_of_the_module(interruption, case):
-    """What was added up for the center is dropped, so that the run goes on as one of a new module would."""
+    """The sums for the center are dropped, so the next run equals a run of a new module."""
 
     class Interrupt(Callback):
         def on_after_backward(self, trainer, pl_module):
@@ -414,7 +414,7 @@ def test_gradient_checkpointing_in_the_backbone(case):
 
 
 def test_sync_batch_norm_in_one_process():
-    """Converted as `sync_batchnorm=True` does it under DDP; with more than one process it needs a GPU."""
+    """Converted as by `sync_batchnorm=True` under DDP; with more than one process it needs a GPU."""
     modules = []
     for convert in (lambda module: module, nn.SyncBatchNorm.convert_sync_batchnorm):
         torch.manual_seed(0)

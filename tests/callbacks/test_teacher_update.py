@@ -40,7 +40,7 @@ def test_the_teacher_is_the_average_of_the_student_after_each_optimizer_step(acc
         torch.testing.assert_close(teacher.double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_example_module_has_a_teacher_that_moves_and_a_student_that_learns():
+def test_both_sides_of_the_example_module_change():
     torch.manual_seed(0)
     module = tiny_dino()
     before = copy.deepcopy(module.state_dict())
@@ -50,7 +50,7 @@ def test_the_example_module_has_a_teacher_that_moves_and_a_student_that_learns()
         assert not torch.equal(after[f"{side}.backbone.0.weight"], before[f"{side}.backbone.0.weight"])
 
 
-def test_a_frozen_layer_stays_bitwise_still_in_the_teacher_too():
+def test_a_frozen_layer_stays_bitwise_unchanged_in_the_teacher_too():
     module = Toy()
     before = module.teacher["head"].last_layer.weight_v.detach().clone()
     trainer(FreezeLastLayerCallback(), TeacherUpdateCallback(base_momentum=0.7), max_epochs=2).fit(module, loader())
@@ -83,7 +83,7 @@ def test_resumed_at_the_end_of_an_epoch_equals_uninterrupted(tmp_path):
 
 
 class Interrupt(Callback):
-    """Stops in the first hook after an optimizer step, before any other callback has its turn, and saves."""
+    """Stops in the first hook after an optimizer step, before all other callbacks, and saves."""
 
     def __init__(self, file, at_step):
         self.file, self.at_step = file, at_step
@@ -96,8 +96,8 @@ class Interrupt(Callback):
         trainer.save_checkpoint(self.file)
 
 
-def test_a_checkpoint_between_the_step_and_the_update_is_caught_up_with(tmp_path):
-    """Ctrl-C may fall between the two. One batch an epoch, so that every step can be resumed from."""
+def test_a_run_resumed_between_a_step_and_its_update_does_the_update(tmp_path):
+    """As after Ctrl-C between the two. With one batch an epoch, a run can be resumed from every step."""
 
     def run(*callbacks, **options):
         module = Toy()
@@ -116,10 +116,10 @@ def test_a_checkpoint_between_the_step_and_the_update_is_caught_up_with(tmp_path
 
 
 @pytest.mark.parametrize("early", [False, True])
-def test_a_loader_that_lightning_forgot_to_restore_stops_the_run(early, tmp_path):
-    """It does so where the data were asked for before the checkpoint was restored."""
+def test_a_loader_that_lightning_did_not_restore_raises(early, tmp_path):
+    """Lightning does not restore it if the data were used before the checkpoint was loaded."""
 
-    class Asks(Toy):
+    class EarlyLength(Toy):
         def configure_optimizers(self):
             if early:
                 assert self.trainer.estimated_stepping_batches == 12
@@ -127,7 +127,7 @@ def test_a_loader_that_lightning_forgot_to_restore_stops_the_run(early, tmp_path
 
     def run(**options):
         torch.manual_seed(0)
-        module = Asks()
+        module = EarlyLength()
         save = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=2)
         trainer(save, TeacherUpdateCallback(base_momentum=0.5), enable_checkpointing=True).fit(
             module, Stateful(loader().dataset, 4), **options
@@ -137,7 +137,9 @@ def test_a_loader_that_lightning_forgot_to_restore_stops_the_run(early, tmp_path
 
     uninterrupted = run()
     if early:
-        with pytest.raises(MisconfigurationException, match="estimated_stepping_batches in configure_optimizers: ask"):
+        with pytest.raises(
+            MisconfigurationException, match=r"estimated_stepping_batches in configure_optimizers\. Read it"
+        ):
             run(ckpt_path=tmp_path / "step=6.ckpt")
     else:
         resumed = run(ckpt_path=tmp_path / "step=6.ckpt")
@@ -225,19 +227,19 @@ def test_different_weights_at_the_start_are_refused_unless_allowed():
     assert not torch.equal(module.teacher["backbone"].weight, before)
 
 
-def test_a_run_that_goes_on_has_a_teacher_that_differs_already():
+def test_a_second_fit_accepts_a_teacher_that_differs():
     module, callback = Toy(), TeacherUpdateCallback(base_momentum=0.5)
     run = trainer(callback, max_epochs=1)
     run.fit(module, loader())
     run.fit_loop.max_epochs = 2
-    with pytest.raises(MisconfigurationException, match="made for 4 optimizer steps, but this run is to have 8"):
+    with pytest.raises(MisconfigurationException, match="schedule of 4 optimizer steps, but this run has 8"):
         run.fit(module, loader())
     callback.total_steps = 8
     run.fit(module, loader())
     assert callback.steps_taken == 8
 
 
-def test_validation_in_another_trainer_leaves_the_callbacks_of_a_run_alone():
+def test_validation_in_another_trainer_does_not_change_the_callbacks_of_a_run():
     module, callback = Toy(), TeacherUpdateCallback(base_momentum=0.5)
     run = trainer(callback, max_epochs=1)
     run.fit(module, loader())
@@ -247,11 +249,11 @@ def test_validation_in_another_trainer_leaves_the_callbacks_of_a_run_alone():
     assert (callback.receipt, callback.state_dict()) == before
     del module.validation_step
     run.fit_loop.max_epochs = 2
-    with pytest.raises(MisconfigurationException, match="made for 4 optimizer steps, but this run is to have 8"):
+    with pytest.raises(MisconfigurationException, match="schedule of 4 optimizer steps, but this run has 8"):
         run.fit(module, loader())
 
 
-def test_a_student_that_is_replaced_under_way_stops_the_run():
+def test_a_student_that_is_replaced_during_training_raises():
     class Replace(Callback):
         def on_train_batch_start(self, trainer, pl_module, *_):
             if trainer.global_step == 2:
@@ -269,7 +271,7 @@ def test_deepspeed_is_refused_by_name():
         trainer(TeacherUpdateCallback(), strategy=DeepSpeedStrategy()).fit(Toy(), loader())
 
 
-def test_the_receipt_says_what_was_kept_and_is_logged_and_saved(tmp_path, caplog):
+def test_the_receipt_is_logged_and_saved(tmp_path, caplog):
     callback = TeacherUpdateCallback(base_momentum=0.5)
     assert callback.receipt is None
     save = ModelCheckpoint(tmp_path, filename="last")
@@ -334,8 +336,8 @@ def test_an_optimizer_that_lightning_does_not_know_is_refused():
         trainer(TeacherUpdateCallback(total_steps=12)).fit(Own("lightning"), loader())
 
 
-def test_manual_optimization_has_to_say_how_many_steps_there_are():
-    with pytest.raises(MisconfigurationException, match=r"under manual optimization .* give total_steps"):
+def test_manual_optimization_needs_total_steps():
+    with pytest.raises(MisconfigurationException, match=r"under manual optimization .* set total_steps"):
         trainer(TeacherUpdateCallback()).fit(Manual("lightning"), loader())
 
 

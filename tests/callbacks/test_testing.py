@@ -1,4 +1,4 @@
-"""The checks that users run: they hold for the toy and the example module, and find what is wrong with others."""
+"""The checks for users pass with the toy and the example module, and find errors in others."""
 
 import copy
 
@@ -29,7 +29,7 @@ def toy():
 
 
 def example():
-    """With SGD: AdamW's division turns gradients that are 0 but for rounding into steps."""
+    """With SGD: AdamW turns gradients that are 0 except for rounding into steps."""
     return tiny_dino(sgd, warmup_epochs=0), view_loader(), rules()
 
 
@@ -54,7 +54,7 @@ def random_example(**data):
 
 
 class InEachForward(Toy):
-    """A teacher that is moved in training_step."""
+    """A teacher that is updated in training_step."""
 
     def training_step(self, batch, batch_idx):
         self.move()
@@ -71,7 +71,7 @@ def test_accumulation(make):
     assert_accumulation_invariant(make, parts=4, steps=3)
 
 
-def test_a_teacher_moved_in_each_micro_batch_is_found():
+def test_a_teacher_updated_in_each_micro_batch_is_found():
     with pytest.raises(AssertionError, match=r"(?s)4 accumulated micro-batches differ at the end.*teacher") as error:
         assert_accumulation_invariant(lambda: (InEachForward(), loader(), [FreezeLastLayerCallback(1)]))
     assert "use TeacherUpdateCallback" in str(error.value)
@@ -83,7 +83,9 @@ def test_a_center_without_the_callback_is_found():
 
 
 def test_batch_norm_is_named():
-    with pytest.raises(AssertionError, match=r"batch norm \(student.head.layers.1, .* Else: something moves once"):
+    with pytest.raises(
+        AssertionError, match=r"batch norm \(student.head.layers.1, .* Otherwise something is updated once"
+    ):
         assert_accumulation_invariant(lambda: (Toy(batch_norm=True), loader(), rules()), parts=2)
 
 
@@ -91,12 +93,12 @@ def test_batch_norm_is_named():
     ("data", "message"),
     [([], "the training data hold no batch"), ([np.zeros(4)], "a batch of type ndarray holds no tensor of samples")],
 )
-def test_data_that_prove_nothing(data, message):
+def test_data_without_samples_are_refused(data, message):
     with pytest.raises(ValueError, match=message):
         assert_accumulation_invariant(lambda: (Toy(), data, rules()))
 
 
-def test_the_users_own_checkpoints_and_bars_are_let_in(tmp_path):
+def test_checks_accept_the_users_own_checkpoints_and_progress_bars(tmp_path):
     def make():
         return (
             Toy(),
@@ -114,7 +116,7 @@ def test_the_teacher_follows_under_manual_optimization(optimizer):
     assert_teacher_follows(lambda: (Manual("lightning", optimizer), loader(), [rule]))
 
 
-def test_batches_that_cannot_be_split():
+def test_batches_that_cannot_be_split_are_refused():
     with pytest.raises(ValueError, match="a batch of 4 samples cannot be split in 3 equal parts"):
         assert_accumulation_invariant(toy, parts=3)
 
@@ -129,7 +131,7 @@ def test_resume_of_the_example_with_shuffling_random_views_and_dropout(workers):
 
 
 def test_resume_of_the_example_with_a_loader_that_saves_where_it_is():
-    """Lightning restores such a loader only if nothing has asked for the data before: the example does not."""
+    """Lightning restores such a loader only if nothing used the data before, as in the example."""
     assert_resume_invariant(lambda: (tiny_dino(), Stateful(view_loader().dataset, 4), rules()))
 
 
@@ -137,7 +139,7 @@ def test_resume_under_accumulation():
     assert_resume_invariant(random_example, accumulate_grad_batches=2)
 
 
-def test_an_epochs_end_is_one_also_where_validation_comes_in_between():
+def test_validation_inside_an_epoch_does_not_hide_its_end():
     class Validated(LightningDataModule):
         train_dataloader = val_dataloader = staticmethod(loader)
 
@@ -163,12 +165,12 @@ def test_an_ordinary_shuffle_is_found():
 
 
 def test_random_views_without_a_derived_seed_are_found(monkeypatch):
-    monkeypatch.setattr("dino_module.derived_seed", lambda *key: torch.initial_seed())
+    monkeypatch.setattr("dino_head.examples.dino_module.derived_seed", lambda *key: torch.initial_seed())
     with pytest.raises(AssertionError, match="differ at the end"):
         assert_resume_invariant(random_example, mid_epoch=False)
 
 
-def test_one_batch_has_no_middle():
+def test_epochs_of_one_batch_are_refused():
     with pytest.raises(ValueError, match="2 optimizer steps in 2 epochs leave no middle of an epoch to resume from"):
         assert_resume_invariant(lambda: (Toy(), loader(batches=1), rules()))
 
@@ -179,7 +181,7 @@ def test_the_teacher_follows(make):
 
 
 class OnlyHalf(Callback):
-    """Moves a part of the teacher."""
+    """Updates a part of the teacher."""
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         with torch.no_grad():
@@ -199,7 +201,7 @@ def trainable():
 
 
 class AfterTheCheckpoint(InEachForward):
-    """A teacher that is moved in the module's own hook, behind the callbacks."""
+    """A teacher that is updated in the module's own hook, after the callbacks."""
 
     def training_step(self, batch, batch_idx):
         return Toy.training_step(self, batch, batch_idx)
@@ -212,11 +214,11 @@ class AfterTheCheckpoint(InEachForward):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: (Toy(), loader(), []), "the teacher never moved: add TeacherUpdateCallback"),
-        (lambda: (InEachForward(), loader(), []), r"moved before the end of batch 2, which took no optimizer step"),
+        (lambda: (Toy(), loader(), []), "the teacher never changed: add TeacherUpdateCallback"),
+        (lambda: (InEachForward(), loader(), []), r"changed before the end of batch 2, which took no optimizer step"),
         (lambda: (AfterTheCheckpoint(), loader(), []), "not in the module's own on_train_batch_end"),
-        (lambda: (Toy(), loader(), [OnlyHalf()]), "are not where one momentum"),
-        (unequal, "'teacher' does not begin as 'student'"),
+        (lambda: (Toy(), loader(), [OnlyHalf()]), "weights of the teacher differ from an average by one momentum"),
+        (unequal, "'teacher' does not begin equal to 'student'"),
         (trainable, "'teacher' requires gradients"),
     ],
 )
@@ -225,6 +227,6 @@ def test_a_teacher_that_does_not_follow_is_found(make, message):
         assert_teacher_follows(make)
 
 
-def test_a_teacher_moved_before_the_step_is_found():
-    with pytest.raises(AssertionError, match=r"moved before the optimizer's step|outside of \[0, 1\]"):
+def test_a_teacher_updated_before_the_step_is_found():
+    with pytest.raises(AssertionError, match=r"updated before the optimizer's step|outside of \[0, 1\]"):
         assert_teacher_follows(lambda: (InEachForward(), loader(), []), accumulate_grad_batches=1)

@@ -1,4 +1,4 @@
-"""Heads from and to the layouts of other projects; what is read from files is in test_files.py."""
+"""Heads from and to the layouts of other projects. test_files.py tests the kinds of files."""
 
 import argparse
 import copy
@@ -21,7 +21,7 @@ LAYOUTS = (*WEIGHT_NORMED, "dinov3")
 
 
 def head_like(seed=0, **options) -> DINOProjectionHead:
-    """A head in which no value is still the initial one (but norms that are fixed)."""
+    """A head in which every value differs from its initial one, except fixed norms."""
     torch.manual_seed(seed)
     head = DINOProjectionHead(**{"input_dim": 6, "hidden_dim": 8, "bottleneck_dim": 4, "output_dim": 12} | options)
     for parameter in head.parameters():
@@ -46,7 +46,7 @@ def under(prefix, state):
     return {prefix + key: value for key, value in state.items()}
 
 
-# What people have. Each makes a checkpoint of the states of two heads.
+# Checkpoints of other projects, made of the state dicts of two heads.
 
 BACKBONE = {"backbone.blocks.0.mlp.fc1.weight": torch.ones(3, 3), "backbone.norm.weight": torch.ones(3)}
 CHECKPOINTS = {
@@ -111,14 +111,14 @@ def test_both_heads_are_found_in_every_projects_checkpoint(name, layout, tmp_pat
 
 
 @pytest.mark.parametrize("prefix", ["", "head.", "dino_head.", "module.head.", "projection.mlp.", "a.b.c."])
-def test_one_head_alone_is_anyones(prefix):
+def test_a_head_without_a_side_matches_both_sides_if_it_is_the_only_one(prefix):
     head = head_like()
     for part in ("teacher", "student"):
         loaded = load_head(under(prefix, export_head(head, "dino")), part)
         assert bitwise_equal(loaded.state_dict(), head.state_dict())
 
 
-def test_heads_are_named_by_their_path_or_parts_of_it():
+def test_part_matches_the_path_or_a_part_of_it():
     heads = {f"{side}.{kind}": head_like(seed) for seed, (side, kind) in enumerate(
         itertools.product(("teacher", "student", "gram_teacher"), ("dino_head", "ibot_head"))
     )}  # fmt: skip
@@ -130,29 +130,30 @@ def test_heads_are_named_by_their_path_or_parts_of_it():
             if path.startswith("teacher") or part.startswith("model"):
                 assert bitwise_equal(load_head(checkpoint, part).state_dict(), head.state_dict())
     with pytest.raises(
-        ValueError, match=r"2 heads go by part='teacher': 'model.teacher.dino_head', 'model.teacher.ibot"
+        ValueError, match=r"2 heads match part='teacher': 'model.teacher.dino_head', 'model.teacher.ibot"
     ):
         load_head(checkpoint)
-    with pytest.raises(ValueError, match=r"3 heads go by part='dino_head'"):
+    with pytest.raises(ValueError, match=r"3 heads match part='dino_head'"):
         load_head(checkpoint, "dino_head")
     with pytest.raises(
-        ValueError, match=r"no head 'target', but 'model.teacher.dino_head', .*: give one of these as part"
+        ValueError,
+        match=r"no head matches part='target', found 'model.teacher.dino_head', .*: pass one of these as part",
     ):
         load_head(checkpoint, "target")
 
 
-def test_the_other_side_is_never_taken_for_the_one_asked_for():
+def test_the_head_of_the_other_side_does_not_match():
     for side, other in (("teacher", "student"), ("student", "teacher")):
-        with pytest.raises(ValueError, match=f"there is no head '{side}', but '{other}_head'"):
+        with pytest.raises(ValueError, match=f"no head matches part='{side}', found '{other}_head'"):
             load_head(under(f"{other}_head.", head_like().state_dict()), side)
-    with pytest.raises(ValueError, match=r"there is no head 'teacher', but 'a', 'b'"):
+    with pytest.raises(ValueError, match=r"no head matches part='teacher', found 'a', 'b'"):
         load_head(under("a.", head_like().state_dict()) | under("b.", head_like().state_dict()))
 
 
 @pytest.mark.parametrize("prefix", ["Student.head.", "studentHead.", "student-head.", "student2."])
-def test_a_side_is_known_in_any_spelling(prefix):
+def test_a_side_matches_in_any_spelling(prefix):
     state = under(prefix, head_like().state_dict())
-    with pytest.raises(ValueError, match=r"there is no head 'teacher'"):
+    with pytest.raises(ValueError, match=r"no head matches part='teacher'"):
         load_head(state)
     assert bitwise_equal(load_head(state, "student").state_dict(), head_like().state_dict())
 
@@ -164,31 +165,31 @@ def test_an_average_of_the_student_is_a_teacher():
     assert bitwise_equal(load_head(state, "student").state_dict(), student.state_dict())
 
 
-def test_the_whole_path_goes_before_a_part_of_it():
+def test_the_whole_path_matches_before_a_part_of_it():
     one, other = head_like(1), head_like(2)
     state = under("head.", one.state_dict()) | under("x.head.", other.state_dict())
     assert bitwise_equal(load_head(state, "head").state_dict(), one.state_dict())
     assert bitwise_equal(load_head(state, "x").state_dict(), other.state_dict())
 
 
-def test_two_heads_that_differ_in_a_wrapper_are_not_mixed():
+def test_two_heads_whose_paths_differ_in_a_wrapper_raise():
     one, other = (export_head(head_like(seed), "dino") for seed in (1, 2))
     mixed = under("module.head.", one) | under("head.", other)
     halves = {key: value for key, value in mixed.items() if ("mlp" in key) == key.startswith("module.")}
     for state in (mixed, halves):
         with pytest.raises(
-            ValueError, match=r"'head' is there twice, as head, module.head: pass a state dict with one"
+            ValueError, match=r"'head' appears twice, as head, module.head: pass a state dict with only one"
         ):
             load_head(state)
 
 
-def test_a_head_in_a_head_is_no_part_of_it():
+def test_a_head_inside_a_head_raises():
     state = under("head.", head_like().state_dict()) | under("head.layers.9.", head_like(2).state_dict())
-    with pytest.raises(ValueError, match=r"has keys beside it that a DINO head has not, head.layers.9.layers.0.weight"):
+    with pytest.raises(ValueError, match=r"unexpected keys head.layers.9.layers.0.weight"):
         load_head(state, "head")
 
 
-# Layouts, one into another.
+# Conversions between layouts.
 
 OPTIONS = [
     {"norm_last_layer": True},
@@ -246,23 +247,23 @@ class WithMore(DINOProjectionHead):
         self.predictor = nn.Sequential(nn.Linear(4, 4))
 
 
-def test_a_head_with_parts_of_its_own_is_neither_exported_nor_filled():
-    with pytest.raises(ValueError, match=r"no layout has a place for predictor.0.weight, predictor.0.bias of WithMore"):
+def test_a_head_with_other_parameters_is_neither_exported_nor_filled():
+    with pytest.raises(ValueError, match=r"no layout has keys for predictor.0.weight, predictor.0.bias of WithMore"):
         export_head(WithMore(), "dino")
     with pytest.raises(ValueError, match=r"predictor.0.weight is missing"):
         load_head(head_like().state_dict(), head=WithMore())
 
 
-def test_what_would_not_be_finite_is_not_exported():
+def test_export_of_values_that_are_not_finite_raises():
     head = head_like(norm_last_layer=None).half()
     head.last_layer.weight.data.fill_(60000)
     with pytest.raises(ValueError, match=r"12 of 12 values of last_layer.weight_g are not finite"):
         export_head(head, "dino")
     head.last_layer.weight.data.zero_()
-    with pytest.raises(ValueError, match=r"12 rows of the prototypes have a norm of 0"):
+    with pytest.raises(ValueError, match=r"12 prototypes have a norm of 0"):
         export_head(head, "dino")
     assert not export_head(head, "dinov3")["last_layer.weight"].any()
-    with pytest.raises(ValueError, match=r"layers.0.weight is a tensor without memory .*: gather it first"):
+    with pytest.raises(ValueError, match=r"layers.0.weight is a tensor without memory .*: gather the head first"):
         export_head(head.to("meta"), "dino")
 
 
@@ -275,8 +276,8 @@ def test_an_export_is_a_copy():
     assert not any(value.requires_grad for value in exported.values())
 
 
-def test_strides_are_not_kept():
-    """safetensors refuses tensors that are not contiguous, such as those of a file that was converted from JAX."""
+def test_results_are_contiguous():
+    """safetensors refuses other tensors, and files converted from JAX hold some."""
     columns = {
         key: value.t().contiguous().t() if value.ndim == 2 else value for key, value in head_like().state_dict().items()
     }
@@ -289,14 +290,14 @@ def test_strides_are_not_kept():
 
 @pytest.mark.parametrize(("head", "layout", "message"), [
     (head_like(), "dino2", "layout must be one of 'dino', 'dinov3', 'lightly', 'lightly-train', got 'dino2'"),
-    (nn.Sequential(head_like()), "dino", "expected a DINOProjectionHead, got a Sequential: pass the head"),
+    (nn.Sequential(head_like()), "dino", "expected a DINOProjectionHead, got a Sequential: pass the head inside"),
 ])  # fmt: skip
-def test_what_cannot_be_exported(head, layout, message):
+def test_export_of_a_wrong_head_or_layout_raises(head, layout, message):
     with pytest.raises(ValueError, match=message):
         export_head(head, layout)
 
 
-# What keys and shapes tell.
+# Arguments from keys and shapes.
 
 WRAPPED = st.lists(
     st.sampled_from(
@@ -318,7 +319,7 @@ WRAPPED = st.lists(
     inside=st.sampled_from(["", "module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."]),
     seed=st.integers(0, 99),
 )
-def test_any_head_comes_back_from_any_layout_and_prefix(
+def test_a_head_of_any_shape_loads_from_any_layout_and_prefix(
     widths, num_layers, batch_norm, bias, norm, layout, prefix, inside, seed
 ):
     options = dict(zip(("input_dim", "hidden_dim", "bottleneck_dim", "output_dim"), widths, strict=True))
@@ -332,29 +333,27 @@ def test_any_head_comes_back_from_any_layout_and_prefix(
         assert bitwise_equal(loaded.state_dict(), head.state_dict())
 
 
-@pytest.mark.parametrize(("norm", "asked", "expected"), [
+@pytest.mark.parametrize(("norm", "passed", "expected"), [
     (True, None, False), (True, True, False), (True, False, True), (False, None, True), (False, False, True)
 ])  # fmt: skip
-def test_whether_norms_are_trainable(norm, asked, expected):
+def test_whether_norms_are_trainable(norm, passed, expected):
     head = head_like(norm_last_layer=norm)
-    loaded = load_head(head.state_dict(), norm_last_layer=asked)
+    loaded = load_head(head.state_dict(), norm_last_layer=passed)
     assert loaded.last_layer.weight_g.requires_grad is expected
     assert bitwise_equal(loaded.state_dict(), head.state_dict())
     assert all(p.requires_grad for name, p in loaded.named_parameters() if name != "last_layer.weight_g")
 
 
-def test_fixed_norms_that_are_not_1_are_refused():
+def test_fixed_norms_other_than_1_raise():
     for layout in ("dino", "dinov3"):
-        with pytest.raises(
-            ValueError, match=r"fixes the norms of the prototypes at 1, but they are .* norm_last_layer=False"
-        ):
+        with pytest.raises(ValueError, match=r"needs prototypes of norm 1, got norms from .* norm_last_layer=False"):
             load_head(export_head(head_like(norm_last_layer=False), layout), norm_last_layer=True)
 
 
 PRECISIONS = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def test_a_norm_that_is_nan_is_not_taken_for_1():
+def test_a_norm_that_is_nan_raises():
     state = head_like().state_dict()
     state["last_layer.weight_g"] = with_value(float("nan"))(state["last_layer.weight_g"])
     with pytest.raises(ValueError, match=r"1 of 12 values of last_layer.weight_g are not finite"):
@@ -363,7 +362,7 @@ def test_a_norm_that_is_nan_is_not_taken_for_1():
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_a_plain_last_layer_gets_weight_norm_where_asked_for(norm, dtype):
+def test_a_plain_last_layer_gets_weight_norm_with_norm_last_layer(norm, dtype):
     head = head_like(norm_last_layer=norm).to(dtype)
     plain = export_head(head, "dinov3")
     loaded = load_head(plain, norm_last_layer=norm)
@@ -374,16 +373,16 @@ def test_a_plain_last_layer_gets_weight_norm_where_asked_for(norm, dtype):
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
-def test_norms_near_1_are_not_1(dtype):
+def test_fixed_norms_near_1_raise(dtype):
     plain = export_head(head_like(norm_last_layer=True), "dinov3")
     plain["last_layer.weight"] *= 1 + 3 * PRECISIONS[dtype]
-    with pytest.raises(ValueError, match=r"fixes the norms of the prototypes at 1, but they are 1"):
+    with pytest.raises(ValueError, match=r"needs prototypes of norm 1, got norms from 1"):
         load_head({key: value.to(dtype) for key, value in plain.items()}, norm_last_layer=True)
 
 
 @pytest.mark.parametrize("source", [False, None])
-def test_a_teacher_is_filled_whatever_its_norms(source):
-    """Nothing of it is trainable, so that it cannot be said whether its norms are fixed at 1."""
+def test_a_teacher_loads_any_norms(source):
+    """Nothing in it is trainable, so that its norms may be fixed or not."""
     head = head_like(norm_last_layer=source)
     teacher = head_like(2, norm_last_layer=False).requires_grad_(False)
     load_head(head.state_dict(), head=teacher)
@@ -391,11 +390,11 @@ def test_a_teacher_is_filled_whatever_its_norms(source):
     assert teacher.last_layer.weight_g.std() > 0.01
 
 
-def test_a_direction_that_vanishes_in_the_given_head_is_refused():
+def test_a_direction_that_vanishes_in_the_given_head_raises():
     head = head_like(norm_last_layer=False)
     head.last_layer.weight_v.data.mul_(1e-8)
     torch.testing.assert_close(outputs(load_head(head.state_dict())), outputs(head))
-    with pytest.raises(ValueError, match=r"12 rows of the prototypes have a norm of 0 in torch.float16"):
+    with pytest.raises(ValueError, match=r"12 prototypes have a norm of 0 in torch.float16"):
         load_head(head.state_dict(), head=head_like(norm_last_layer=False).half())
 
 
@@ -403,7 +402,7 @@ def test_a_direction_that_vanishes_in_the_given_head_is_refused():
     (torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.float32),
     (torch.float64, torch.float64),
 ])  # fmt: skip
-def test_no_precision_is_lost(dtype, expected):
+def test_a_new_head_keeps_the_precision(dtype, expected):
     state = head_like().to(dtype).state_dict()
     loaded = load_head(state).state_dict()
     for key, value in loaded.items():
@@ -420,15 +419,15 @@ def test_a_head_has_one_precision():
     assert {value.dtype for value in load_head(state).parameters()} == {torch.float32}
 
 
-def test_old_files_do_not_count_batches():
+def test_old_files_without_num_batches_tracked_load():
     state = {key: value for key, value in head_like().state_dict().items() if "num_batches" not in key}
-    with torch.device("meta"):  # that of the caller does not matter
+    with torch.device("meta"):  # the caller's device does not matter
         loaded = load_head(state)
     assert loaded.layers[1].num_batches_tracked == 0
     torch.testing.assert_close(outputs(loaded), outputs(head_like()))
 
 
-def test_loading_draws_no_random_number_and_keeps_nothing_of_the_source():
+def test_loading_draws_no_random_number_and_copies():
     head = head_like()
     source, before = head.state_dict(), torch.get_rng_state()
     loaded = load_head(source)
@@ -440,7 +439,7 @@ def test_loading_draws_no_random_number_and_keeps_nothing_of_the_source():
     outputs(loaded).sum().backward()  # an ordinary head
 
 
-# Into a head that is there.
+# Into an existing head.
 
 
 def test_an_existing_head_is_filled_and_stays_itself():
@@ -464,7 +463,7 @@ def test_the_last_layer_takes_the_form_of_an_existing_head():
 
 
 def broken(key, value):
-    """A state dict in which one entry is another, or not there."""
+    """A state dict in which one entry is changed or missing."""
     state = head_like(norm_last_layer=False).state_dict()
     if value is None:
         del state[key]
@@ -490,20 +489,20 @@ WRONG = {
     r"layers.3.weight has shape \(8, 7\), expected \(8, 8\)": ("layers.3.weight", torch.ones(8, 7)),
     r"weight_g has shape \(12,\), expected \(12, 1\)": ("last_layer.weight_g", torch.ones(12)),
     r"weight_v has shape \(12, 5\), expected \(12, 4\)": ("last_layer.weight_v", torch.ones(12, 5)),
-    "keys beside it that a DINO head has not, last_layer.bias": ("last_layer.bias", torch.ones(12)),
-    "keys beside it that a DINO head has not, last_layer2.weight_v": ("last_layer2.weight_v", torch.ones(12, 4)),
-    "layers.2.weight has no place in it": ("layers.2.weight", torch.ones(8)),
-    "keys beside it that a DINO head has not, mlp.0.weight": ("mlp.0.weight", torch.ones(8, 6)),
+    "unexpected keys last_layer.bias": ("last_layer.bias", torch.ones(12)),
+    "unexpected keys last_layer2.weight_v": ("last_layer2.weight_v", torch.ones(12, 4)),
+    "layers.2.weight is unexpected": ("layers.2.weight", torch.ones(8)),
+    "unexpected keys mlp.0.weight": ("mlp.0.weight", torch.ones(8, 6)),
     "1 of 48 values of layers.0.weight are not finite": ("layers.0.weight", with_value(float("nan"))),
     "1 of 12 values of last_layer.weight_g are not finite": ("last_layer.weight_g", with_value(float("inf"))),
-    "12 rows of the prototypes have a norm of 0": ("last_layer.weight_v", torch.zeros_like),
-    "layers.0.weight is of torch.int8, expected floating": ("layers.0.weight", torch.ones(8, 6, dtype=torch.int8)),
+    "12 prototypes have a norm of 0": ("last_layer.weight_v", torch.zeros_like),
+    "layers.0.weight has type torch.int8, expected a floating": ("layers.0.weight", torch.ones(8, 6, dtype=torch.int8)),
     "3 of 8 values of layers.1.running_var are negative or not": (
         "layers.1.running_var", torch.tensor([1.0, -1.0, 2.0, -0.1, 1.0, 0.0, 1.0, float("nan")])
     ),
     "layers.0.weight is a tensor of layout torch.sparse_coo": ("layers.0.weight", lambda value: value.to_sparse()),
-    "keys beside it that a DINO head has not, layers.0.weight": ("layers.0.weight", lambda value: value.numpy()),
-    "keys beside it that a DINO head has not, last_layer.bias.x": ("last_layer.bias", {"x": 3}),
+    "unexpected keys layers.0.weight": ("layers.0.weight", lambda value: value.numpy()),
+    "unexpected keys last_layer.bias.x": ("last_layer.bias", {"x": 3}),
     "layers.0.weight is a tensor without memory": ("layers.0.weight", torch.ones(8, 6, device="meta")),
     "layers.0.weight is a Strange, expected an ordinary tensor: gather": (
         "layers.0.weight", lambda value: value.as_subclass(type("Strange", (torch.Tensor,), {}))
@@ -513,7 +512,7 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_head_that_is_not_whole_is_refused_and_nothing_changes(message, exists):
+def test_an_incomplete_head_raises_and_changes_nothing(message, exists):
     head = head_like(4, norm_last_layer=False) if exists else None
     before = copy.deepcopy(head.state_dict()) if head else {}
     with pytest.raises(ValueError, match=f"no head was loaded from the state dict: .*{message}"):
@@ -522,53 +521,55 @@ def test_a_head_that_is_not_whole_is_refused_and_nothing_changes(message, exists
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"output_dim": 11}, r"it has output_dim=12, not 11: .*weight_v has shape \(12, 4\), expected \(11, 4\)"),
-    ({"batch_norm": False}, "batch_norm=True, not False.*layers.1.weight has no place in it"),
+    ({"output_dim": 11}, r"\(output_dim=12, expected 11\): .*weight_v has shape \(12, 4\), expected \(11, 4\)"),
+    ({"batch_norm": False}, "batch_norm=True, expected False.*layers.1.weight is unexpected"),
     ({"bias": True}, "layers.0.bias is missing"),
-    ({"num_layers": 2}, "layers.6.weight has no place in it"),
+    ({"num_layers": 2}, "layers.6.weight is unexpected"),
 ])  # fmt: skip
-def test_a_head_of_another_size_is_refused(options, message):
-    with pytest.raises(ValueError, match=f"does not fit the one that was given.*{message}"):
+def test_a_head_of_another_size_raises(options, message):
+    with pytest.raises(ValueError, match=f"does not fit the given head.*{message}"):
         load_head(head_like().state_dict(), head=head_like(**options))
 
 
-def test_a_value_that_overflows_in_the_given_head_is_refused():
+def test_a_value_that_overflows_in_the_given_head_raises():
     state = broken("layers.0.weight", with_value(1e6))
     head = head_like(norm_last_layer=False).half()
     with pytest.raises(ValueError, match=r"layers.0.weight are not finite in torch.float16: .* a higher precision"):
         load_head(state, head=head)
 
 
-def test_heads_that_cannot_be_loaded_into():
+def test_loading_into_a_wrong_head_raises():
     state = head_like().state_dict()
     with torch.device("meta"):
         empty = DINOProjectionHead(6, 8, 4, 12)
-    with pytest.raises(ValueError, match=r"layers.0.weight is a tensor without memory .* after it has memory"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.weight is a tensor without memory .* after its memory is allocated"
+    ):
         load_head(state, head=empty)
     with pytest.raises(ValueError, match=r"expected a DINOProjectionHead, got a Linear"):
         load_head(state, head=nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"leave one of the two out"):
+    with pytest.raises(ValueError, match=r"norm_last_layer=True .* pass head or norm_last_layer, not both"):
         load_head(state, head=head_like(), norm_last_layer=True)
     with pytest.raises(ValueError, match=r"norm_last_layer must be True, False or None, got 'False'"):
         load_head(state, norm_last_layer="False")
 
 
 @pytest.mark.parametrize(("source", "message"), [
-    ({}, "no DINO head .*There is no tensor at all"),
-    ({"state_dict": {"head.mlp.0.weight": torch.ones(2, 2)}}, "no DINO head .*There is state_dict.head.*"),
+    ({}, "no DINO head .*among no tensors"),
+    ({"state_dict": {"head.mlp.0.weight": torch.ones(2, 2)}}, "no DINO head .*among state_dict.head.*"),
     ({"last_layer.weight": torch.ones(2, 2)}, "no DINO head"),
     ({"student.dino_head._flat_param": torch.ones(2)}, "flat shards of FSDP: save a full state dict"),
-    ({"mlp.0.bias": torch.ones(2), "last_layer.weight": torch.ones(2, 2)}, "its MLP has no matrix"),
-    ({"mlp.0.weight": torch.ones(2, 2), "last_layer.weight": torch.ones(2)}, "its last layer has no matrix"),
-    (nn.Linear(2, 2), r"expected a path or a state dict, got Linear: of a module pass module.state_dict\(\)"),
-    ({"a": {"b.c": torch.ones(1)}, "a.b": {"c": torch.ones(1)}}, "a.b.c is there twice"),
+    ({"mlp.0.bias": torch.ones(2), "last_layer.weight": torch.ones(2, 2)}, "the MLP has no matrix"),
+    ({"mlp.0.weight": torch.ones(2, 2), "last_layer.weight": torch.ones(2)}, "the last layer has no matrix"),
+    (nn.Linear(2, 2), r"expected a path or a state dict, got Linear: for a module, pass module.state_dict\(\)"),
+    ({"a": {"b.c": torch.ones(1)}, "a.b": {"c": torch.ones(1)}}, "a.b.c appears twice"),
 ])  # fmt: skip
-def test_sources_without_a_head(source, message):
+def test_sources_without_a_head_raise(source, message):
     with pytest.raises(ValueError, match=message):
         load_head(source)
 
 
-# What it says.
+# Reports.
 
 
 def test_every_key_is_reported(caplog):
@@ -598,23 +599,23 @@ def test_every_key_is_reported(caplog):
     )
 
 
-@pytest.mark.parametrize(("source", "options", "said"), [
+@pytest.mark.parametrize(("source", "options", "line"), [
     (True, {}, "norm_last_layer=True: each weight_g is 1"),
     (False, {}, "norm_last_layer=False: a weight_g is not 1"),
     (None, {}, "norm_last_layer=None: there is no weight norm"),
-    (True, {"norm_last_layer": False}, "norm_last_layer=False: asked for"),
+    (True, {"norm_last_layer": False}, "norm_last_layer=False: as passed"),
     (None, {"norm_last_layer": False}, "last_layer.weight -> last_layer.weight_g and last_layer.weight_v (12, 4)"),
-    (False, {"head": head_like(norm_last_layer=None)}, "  into the head that was given"),
+    (False, {"head": head_like(norm_last_layer=None)}, "  into the given head"),
     (False, {"head": head_like(norm_last_layer=None)}, "last_layer.weight_g -> last_layer.weight (12, 1)"),
     (None, {"head": head_like(norm_last_layer=None).double()}, "(8, 6) torch.float32, now torch.float64"),
 ])  # fmt: skip
-def test_what_was_decided_is_reported(source, options, said, caplog):
+def test_the_choice_of_norm_last_layer_and_conversions_are_reported(source, options, line, caplog):
     with caplog.at_level(logging.INFO, "dino_head.checkpoints"):
         load_head(head_like(norm_last_layer=source).state_dict(), **options)
-    assert said in caplog.text
+    assert line in caplog.text
 
 
-def test_the_command_shows_what_is_inside_and_changes_nothing(tmp_path):
+def test_the_command_shows_all_heads_and_changes_nothing(tmp_path):
     file = tmp_path / "file.pth"
     student = head_like(norm_last_layer=False).state_dict()
     student["layers.6.bias"] = torch.full((4,), torch.nan)
@@ -623,7 +624,7 @@ def test_the_command_shows_what_is_inside_and_changes_nothing(tmp_path):
     command = [sys.executable, "-m", "dino_head.checkpoints", str(file)]
     run = subprocess.run(command, capture_output=True, text=True)
     lines = run.stdout.splitlines()
-    assert run.returncode == 1  # as one of the heads is broken
+    assert run.returncode == 1  # one of the heads is broken
     assert lines[0] == "heads: student.head, teacher.head"
     assert lines[2].startswith("error: the head 'student.head' would be DINO")
     assert "4 of 4 values of student.module.head.layers.6.bias are not finite" in lines[2]
@@ -637,7 +638,7 @@ def test_the_command_shows_what_is_inside_and_changes_nothing(tmp_path):
     assert [*tmp_path.iterdir()] == [file]
 
 
-def test_the_command_shows_every_whole_head(tmp_path, capsys):
+def test_the_command_shows_a_head_without_a_path(tmp_path, capsys):
     torch.save(head_like().state_dict(), tmp_path / "head.pth")
     main([str(tmp_path / "head.pth")])
     lines = capsys.readouterr().out.splitlines()
@@ -645,11 +646,11 @@ def test_the_command_shows_every_whole_head(tmp_path, capsys):
     assert len(lines) == 2 + 2 + len(head_like().state_dict()) + 1
 
 
-def test_the_command_says_what_is_wrong(tmp_path):
+def test_the_command_exits_with_one_line_for_a_wrong_file(tmp_path):
     torch.save({"backbone.weight": torch.ones(2)}, tmp_path / "backbone.pth")
     for name, message in (
         ("nothing.pth", "No such file"),
-        ("backbone.pth", "error: there is no DINO head .*backbone.weight"),
+        ("backbone.pth", "error: found no DINO head .*backbone.weight"),
     ):
         with pytest.raises(SystemExit, match=message):
             main([str(tmp_path / name)])

@@ -1,4 +1,4 @@
-"""Files of checkpoints: every kind that holds weights, and what people have in their place."""
+"""Kinds of checkpoint files, and files without weights."""
 
 import argparse
 import io
@@ -65,36 +65,36 @@ def rewrite(index, change):
 
 @pytest.mark.parametrize(("change", "message"), [
     (lambda index: (index.parent / "model-00002-of-00003.safetensors").unlink(),
-     "model-00002-of-00003.safetensors is missing, which .* names: download all 3 files"),
-    (lambda index: index.write_text("{}"), "no index of sharded safetensors: it has no 'weight_map' of file"),
+     "names model-00002-of-00003.safetensors, which is missing: download all 3 files"),
+    (lambda index: index.write_text("{}"), "no index of sharded safetensors: expected JSON with a 'weight_map'"),
     (lambda index: index.write_text('{"weight_map": [1]}'), "no index of sharded safetensors"),
     (lambda index: index.write_text('{"weight_map": '), "no index of sharded safetensors"),
-    (lambda index: index.write_text('{"weight_map": {"a": 1, "b": "c"}}'), "no 'weight_map' of file names"),
-    (lambda index: index.write_text('{"weight_map": {"a": 1}}'), "no 'weight_map' of file names"),
+    (lambda index: index.write_text('{"weight_map": {"a": 1, "b": "c"}}'), "a 'weight_map' of file names"),
+    (lambda index: index.write_text('{"weight_map": {"a": 1}}'), "a 'weight_map' of file names"),
     (lambda index: index.write_text("{" * 9 + '"a":' + "[" * 100_000), "no index of sharded safetensors"),
     (lambda index: rewrite(index, lambda places: places.update({"mlp.0.weight": "a.bin"})), "names 'a.bin', expected"),
     (lambda index: rewrite(index, lambda places: places.update({"mlp.0.weight": "../x"})), "names '../x', expected"),
-    (lambda index: rewrite(index, lambda places: places.update({"new": places["mlp.0.weight"]})), "do not fit, in new"),
-    (lambda index: rewrite(index, lambda places: places.pop("mlp.0.weight")), "do not fit, in mlp.0.weight"),
+    (lambda index: rewrite(index, lambda places: places.update({"new": places["mlp.0.weight"]})), "disagree about new"),
+    (lambda index: rewrite(index, lambda places: places.pop("mlp.0.weight")), "disagree about mlp.0.weight"),
 ])  # fmt: skip
-def test_shards_that_are_not_whole(head, tmp_path, change, message):
+def test_incomplete_shards_raise(head, tmp_path, change, message):
     index = save_shards(tmp_path, export_head(head, "dino"))
     change(index)
     with pytest.raises(ValueError, match=message):
         load_head(index)
 
 
-def test_each_tensor_is_taken_from_the_shard_that_the_index_names(head, tmp_path):
+def test_a_shard_with_tensors_that_the_index_places_elsewhere_raises(head, tmp_path):
     index = save_shards(tmp_path, export_head(head, "dino"))
     last = tmp_path / "model-00003-of-00003.safetensors"
-    save_file({**load_file(last), "mlp.0.weight": torch.zeros(8, 6)}, last)  # left over from another download
-    with pytest.raises(ValueError, match=r"model-00003-of-00003.safetensors do not fit, in mlp.0.weight"):
+    save_file({**load_file(last), "mlp.0.weight": torch.zeros(8, 6)}, last)  # left from another download
+    with pytest.raises(ValueError, match=r"model-00003-of-00003.safetensors disagree about mlp.0.weight"):
         load_head(index)
 
 
 @pytest.mark.parametrize("size", [0x3C20, 0x7B20])
-def test_no_length_of_a_header_is_taken_for_text(head, tmp_path, size):
-    """The first eight bytes of safetensors are a number, and may look like the beginning of a web page or of JSON."""
+def test_a_safetensors_header_of_any_length_loads(head, tmp_path, size):
+    """The first eight bytes are a number, and may look like the start of a web page or of JSON."""
     state = export_head(head, "dino")
     without = int.from_bytes(save(state, metadata={"a": ""})[:8], "little")
     data = save(state, metadata={"a": "x" * (size - without)})
@@ -103,7 +103,7 @@ def test_no_length_of_a_header_is_taken_for_text(head, tmp_path, size):
     assert equal(load_head(tmp_path / "a"), head)
 
 
-def test_files_of_before_torch_1_6(head, tmp_path):
+def test_files_of_torch_before_1_6(head, tmp_path):
     torch.save(head.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     assert equal(load_head(tmp_path / "old.pth"), head)
 
@@ -118,7 +118,7 @@ def test_the_options_of_the_authors_files_load(head, tmp_path):
         torch.load(tmp_path / "a.pth", weights_only=True)  # and the user's is still there
 
 
-def test_threads_load_beside_one_another(head, tmp_path):
+def test_threads_load_at_the_same_time(head, tmp_path):
     torch.save({"teacher": head.state_dict(), "args": argparse.Namespace(lr=0.1)}, tmp_path / "a.pth")
     with ThreadPoolExecutor(4) as pool:
         loaded = [*pool.map(lambda _: load_head(tmp_path / "a.pth"), range(40))]
@@ -138,7 +138,7 @@ class Mine:
 
 
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_a_malicious_file_is_refused_and_nothing_in_it_runs(head, tmp_path, is_zip):
+def test_a_malicious_file_raises_and_no_code_runs(head, tmp_path, is_zip):
     trace, file = tmp_path / "trace", tmp_path / "evil.pth"
     torch.save({**head.state_dict(), "evil": Evil(trace)}, file, _use_new_zipfile_serialization=is_zip)
     with pytest.raises(
@@ -151,10 +151,10 @@ def test_a_malicious_file_is_refused_and_nothing_in_it_runs(head, tmp_path, is_z
     assert trace.exists()
 
 
-def test_a_plain_pickle_is_refused_and_nothing_in_it_runs(tmp_path):
+def test_a_plain_pickle_raises_and_no_code_runs(tmp_path):
     file, trace = tmp_path / "evil.pkl", tmp_path / "trace"
     file.write_bytes(pickle.dumps({"state_dict": Evil(trace)}))
-    with pytest.raises(ValueError, match=r"is neither safetensors nor what"):
+    with pytest.raises(ValueError, match=r"is neither safetensors nor a file of torch.save"):
         load_head(file)
     assert not trace.exists()
     pickle.loads(file.read_bytes())  # it would have
@@ -172,8 +172,8 @@ def test_classes_that_the_user_trusts_load(head, tmp_path):
         assert equal(load_head(tmp_path / "mine.ckpt"), head)
 
 
-def test_what_torch_wants_besides_is_said(head, tmp_path):
-    """Allowing the classes that are named is not always enough."""
+def test_errors_name_further_classes_that_torch_needs(head, tmp_path):
+    """Allowing the classes in the first error is not always enough."""
     torch.save({"teacher": head.state_dict(), "loss": np.float64(1)}, tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"besides tensors it holds .*scalar.*add_safe_globals"):
         load_head(tmp_path / "a.ckpt")
@@ -184,18 +184,18 @@ def test_what_torch_wants_besides_is_said(head, tmp_path):
         load_head(tmp_path / "a.ckpt")
 
 
-def test_dictionaries_without_end(head, tmp_path):
+def test_endless_dictionaries_raise(head, tmp_path):
     endless = {}
     endless["again"] = endless
     torch.save(endless, tmp_path / "endless.pth")
     for source in (endless, tmp_path / "endless.pth"):
-        with pytest.raises(ValueError, match=r"nested more than 20 times, or in themselves, at again.again"):
+        with pytest.raises(ValueError, match=r"nested more than 20 levels deep, or contain themselves, at again.again"):
             load_head(source)
 
 
 @pytest.mark.parametrize("kind", ["zip", "old", "safetensors"])
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.9, 0.999])
-def test_truncated_files(head, tmp_path, kind, share):
+def test_truncated_files_raise(head, tmp_path, kind, share):
     file = tmp_path / "cut"
     if kind == "safetensors":
         save_file(export_head(head, "dino"), file)
@@ -226,32 +226,32 @@ def zipped(file):
     (lambda file: file.write_bytes(b"\x89HDF\r\n\x1a\n"), "an HDF5 file"),
     (lambda file: file.write_bytes(b""), "is empty: download or copy it again"),
     (lambda file: file.write_bytes(b"\n \n"), "is blank"),
-    (lambda file: file.write_text("Not Found"), "neither safetensors nor what torch.save writes"),
-    (lambda file: file.write_bytes(bytes(range(256)) * 9), "neither safetensors nor what torch.save writes"),
-    (zipped, "neither safetensors nor what torch.save writes"),
-    (lambda file: file.write_bytes(npz()), "neither safetensors nor what torch.save writes"),
+    (lambda file: file.write_text("Not Found"), "neither safetensors nor a file of torch.save"),
+    (lambda file: file.write_bytes(bytes(range(256)) * 9), "neither safetensors nor a file of torch.save"),
+    (zipped, "neither safetensors nor a file of torch.save"),
+    (lambda file: file.write_bytes(npz()), "neither safetensors nor a file of torch.save"),
     (lambda file: torch.save(torch.ones(2), file), "holds a Tensor, expected a state dict"),
     (lambda file: torch.save(nn.Linear(2, 2), file), "besides tensors it holds torch.nn.modules.linear.Linear"),
-    (lambda file: file.mkdir(), "is a folder, expected a file: it has no file of weights"),
-    (lambda file: (file.mkdir(), (file / "a.ckpt").touch()), "is a folder, expected a file: it has a.ckpt"),
-    (lambda file: os.mkfifo(file), "is a pipe or a device, expected a file: save it first"),
+    (lambda file: file.mkdir(), "is a folder, expected a file: it contains no file of weights"),
+    (lambda file: (file.mkdir(), (file / "a.ckpt").touch()), "is a folder, expected a file: it contains a.ckpt"),
+    (lambda file: os.mkfifo(file), "is a pipe or a device, expected a file .*: save it first"),
     (lambda file: (file.mkdir(), (file / ".metadata").touch()), "of several processes: .*consolidate_checkpoint"),
 ])  # fmt: skip
-def test_what_is_no_checkpoint_is_called_by_its_name(tmp_path, write, message):
+def test_errors_name_the_kind_of_a_file_without_weights(tmp_path, write, message):
     write(tmp_path / "file")
     with pytest.raises(ValueError, match=message):
         load_head(tmp_path / "file")
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth"):
         load_head(tmp_path / "nothing.pth")
 
 
-def test_without_safetensors_it_says_what_to_install(head, tmp_path, monkeypatch):
+def test_without_safetensors_the_error_names_the_package(head, tmp_path, monkeypatch):
     save_file(export_head(head, "dino"), tmp_path / "a.safetensors")
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match="needs the package safetensors: pip install safetensors"):
+    with pytest.raises(ImportError, match=r'safetensors needs safetensors: pip install "dino-head\[train\]"'):
         load_head(tmp_path / "a.safetensors")
 
 
@@ -259,7 +259,7 @@ MEMORY = """
 import re, sys, torch
 from dino_head.checkpoints import load_head
 
-def peak():  # MiB; getrusage would begin with that of the process that started this one
+def peak():  # MiB; getrusage would include the parent process
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 
 small, large = sys.argv[1:]
@@ -268,15 +268,15 @@ before = peak()
 head = load_head(large)
 loaded = peak()
 if not large.endswith(".safetensors"):
-    torch.load(large, weights_only=True)  # the check can fail: not mapped, it is all there
+    torch.load(large, weights_only=True)  # the check can fail: without mapping, everything is in memory
 print(loaded - before, peak() - before, sum(p.numel() for p in head.parameters()) * 4 / 2**20)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory that Linux counts")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc/self/status of Linux")
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
-def test_of_a_file_of_a_gigabyte_only_the_head_is_held(tmp_path, kind):
+def test_only_the_head_of_a_large_file_stays_in_memory(tmp_path, kind):
     head = DINOProjectionHead(384, 512, 256, 16384, batch_norm=False)
     state = {f"teacher.head.{key}": value for key, value in export_head(head, "dino").items()}
     large, small = tmp_path / f"large.{kind}", tmp_path / f"small.{kind}"

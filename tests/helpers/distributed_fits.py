@@ -209,7 +209,7 @@ def watched(folder: Path) -> dict[str, list[float]]:
             run.fit(sharded() if is_sharded else seeded(), halves())
         result[f"{name} top1"] = [row["top1"] for row in probe.history]
         result[f"{name} warnings"] = [float(sum("labels are missing" in str(w.message) for w in given))]
-        for value in ("loss", "teacher_entropy", "kl", "rankme", "prototypes_used", "prototypes_effective"):
+        for value in ("loss", "teacher_entropy", "kl", "rankme", "prototypes_used", "prototype_perplexity"):
             result[f"{name} {value}"] = [look[value] for look in watching[0].history]
     return result
 

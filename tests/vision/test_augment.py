@@ -1,4 +1,4 @@
-"""The published recipe, measured: each probability on images on which nothing else has the same effect."""
+"""Measures each probability of the published recipe, on images where no other augmentation has the same effect."""
 
 import math
 
@@ -48,7 +48,7 @@ def test_colours_are_jittered_with_probability_0_8(name):
 
 
 @pytest.mark.parametrize("name", VIEWS)
-def test_colours_are_gone_with_probability_0_2(name):
+def test_images_become_grey_with_probability_0_2(name):
     view = views_of(constant(0.2, 0.3, 0.4))[name]
     assert_share(view.amax(dim=1).sub(view.amin(dim=1)).amax(dim=(1, 2)) < 1e-4, 0.2)
 
@@ -90,7 +90,7 @@ def test_the_area_of_a_crop(name, scale):
     area = width * height
     assert scale[0] * 0.8 < area.amin() < scale[0] * 1.3
     assert scale[1] * 0.8 < area.amax() < scale[1] * 1.1
-    # Older versions of kornia draw again what does not fit into the image, as torchvision does: less of the large ones.
+    # Older versions of kornia redraw crops that do not fit into the image, as torchvision does: fewer are large.
     assert area.mean().item() == pytest.approx(sum(scale) / 2, rel=0.15)
     ratio = (width / height).log()
     assert ratio.abs().amax() < math.log(4 / 3) + 0.1
@@ -117,7 +117,7 @@ def test_any_number_of_channels_and_range_of_values(channels):
     assert values.std() > 0.1
 
 
-def test_each_sample_has_its_own_draw_and_a_seed_repeats_it():
+def test_each_sample_has_its_own_random_draw_which_depends_on_the_seed():
     images = torch.rand(1, 3, 32, 32).expand(8, 3, 32, 32)
     one, again = (views_of(images) for _ in range(2))
     for name in VIEWS:
@@ -125,6 +125,6 @@ def test_each_sample_has_its_own_draw_and_a_seed_repeats_it():
         assert len(one[name].flatten(1).unique(dim=0)) == 8
 
 
-def test_statistics_that_do_not_fit_the_channels():
-    with pytest.raises(ValueError, match=r"a value for each of 4 channels, got 3 and 4"):
+def test_statistics_of_another_number_of_channels_raise():
+    with pytest.raises(ValueError, match=r"one value for each of 4 channels, got 3 and 4"):
         dino_views(channels=4, mean=(0.5,) * 3)

@@ -16,7 +16,7 @@ def convnext():
 
 
 def densenet():
-    """A network of MONAI as the docstring of the examples has it, in two dimensions."""
+    """The network of MONAI in the docstring of backbones.py, in two dimensions."""
     features = DenseNet121(2, 3, 1, init_features=8, growth_rate=4, block_config=(2, 2)).features
     return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
@@ -46,14 +46,14 @@ def test_views_of_every_size_become_features(name):
     assert features.isfinite().all()
 
 
-def test_timm_where_it_is_installed():
+def test_a_backbone_of_timm():
     timm = pytest.importorskip("timm")
     backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True)
     check_backbone(backbone, DINOProjectionHead(192, 8, 4, 16), VIEWS)
 
 
-def test_interpolated_positions_differ_from_none():
-    """At its own size the model is what it is without; at another size the positions still count."""
+def test_position_embeddings_are_interpolated():
+    """At the model's own size they change nothing; at another size they still affect the features."""
     torch.manual_seed(0)
     backbone = BACKBONES["ViT"]().eval()
     torch.testing.assert_close(backbone(VIEWS[0]), class_token(backbone.model(VIEWS[0])))
@@ -64,13 +64,13 @@ def test_interpolated_positions_differ_from_none():
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("tiny", 5.5), ("small", 21.7), ("base", 85.8), ("large", 303.3)])
-def test_the_sizes_are_those_of_the_papers(size, parameters):
+def test_the_sizes_equal_the_published_sizes(size, parameters):
     with torch.device("meta"):
         backbone = vit(size)
     assert sum(parameter.numel() for parameter in backbone.parameters()) / 1e6 == pytest.approx(parameters, abs=0.1)
 
 
-def test_images_of_any_number_of_channels():
+def test_a_vit_takes_any_number_of_channels():
     backbone = vit("tiny", 16, 32, channels=13, width=64, depth=1)
     assert backbone(torch.randn(2, 13, 32, 32)).shape == (2, 64)
 
@@ -88,18 +88,18 @@ class Returns(nn.Module):
     (Features(ViTModel(ViTConfig(image_size=64, patch_size=16, **TINY)), class_token),
      r"cannot take views of 32 x 32 \(ValueError: .*interpolate_pos_encoding=True; timm"),
     (BACKBONES["DINOv2"]().model, r"returns a BaseModelOutputWithPooling, expected .*Features\(model, class_token"),
-    (Returns(lambda x: x.flatten(2)), r"makes \(2, 3, 4096\) of 2 views of 64 x 64, expected \(B, D\): of tokens"),
-    (Returns(lambda x: x.mean(dim=(0, 2, 3))[None]), r"makes \(1, 3\) of 2 views"),
-    (Returns(lambda x: x.mean(dim=(2, 3))), r"makes 3 features, and the head takes 32: DINOProjectionHead"),
+    (Returns(lambda x: x.flatten(2)), r"shape \(2, 3, 4096\) for 2 views of 64 x 64, expected \(2, D\): .* tokens"),
+    (Returns(lambda x: x.mean(dim=(0, 2, 3))[None]), r"shape \(1, 3\) for 2 views"),
+    (Returns(lambda x: x.mean(dim=(2, 3))), r"3 features, but the head expects 32: .*\(input_dim=3,"),
 ])  # fmt: skip
-def test_what_does_not_fit_is_found_before_training(backbone, message):
+def test_a_backbone_that_does_not_fit_raises(backbone, message):
     backbone.train()
     with pytest.raises(ValueError, match=message):
         check_backbone(backbone, DINOProjectionHead(32, 8, 4, 16), VIEWS)
     assert all(module.training for module in backbone.modules())
 
 
-def test_the_check_leaves_no_trace():
+def test_the_check_does_not_change_the_backbone():
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     backbone[1].eval()
     before = {name: value.clone() for name, value in backbone.state_dict().items()}

@@ -1,4 +1,4 @@
-"""One page for a browser, in one file."""
+"""The page for a browser, in one file."""
 
 import base64
 import html
@@ -18,43 +18,43 @@ h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5re
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .6rem; margin: 1.2rem 0; }
 dl div { background: var(--soft); border-radius: .5rem; padding: .6rem .8rem; }
 dt { color: var(--dim); font-size: .85rem; } dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
-.said { border-left: .3rem solid var(--good); background: var(--soft); padding: .5rem .9rem; border-radius: .2rem; }
-.said.bad { border-color: var(--bad); }
+.diagnosis { border-left: .3rem solid var(--good); border-radius: .2rem; background: var(--soft); padding: .5rem 1rem; }
+.diagnosis.bad { border-color: var(--bad); }
 figure { margin: 0; } img { max-width: 100%; background: #fff; border: 1px solid var(--line); border-radius: .5rem; }
 li { overflow-wrap: anywhere; }
 """
 
 
-def page(
+def render_page(
     subtitle: str,
-    figures: Mapping[str, str],
-    verdict: str,
+    values: Mapping[str, str],
     diagnoses: Sequence[str],
+    without_diagnosis: str,
     pictures: Sequence[tuple[str, str, bytes]],
     receipts: Sequence[str],
 ) -> str:
-    """HTML of figures (name to value), the verdict or what was diagnosed, pictures (with captions), and receipts."""
-    numbers = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in figures.items())
-    said = "".join(f'<p class="said {_weight(text)}">{_text(text)}</p>' for text in diagnoses)
+    """HTML of values by name, diagnoses (or a text without them), pictures (title, caption, PNG), and receipts."""
+    numbers = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in values.items())
+    found = "".join(f'<p class="diagnosis {_severity(text)}">{_text(text)}</p>' for text in diagnoses)
     shown = "".join(
         f'<h2>{_text(title)}</h2><figure><img alt="{_text(title)}" src="data:image/png;base64,'
         f'{base64.b64encode(picture).decode()}"><figcaption>{_text(caption)}</figcaption></figure>'
         for title, caption, picture in pictures
     )
-    kept = "".join(f"<li>{_text(receipt)}</li>" for receipt in receipts)
+    listed = "".join(f"<li>{_text(receipt)}</li>" for receipt in receipts)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>DINO training report</title><style>{STYLE}</style></head><body>
 <h1>DINO training report</h1><p class="dim">{_text(subtitle)}</p>
 <dl>{numbers}</dl>
-<h2>Diagnosis</h2>{said or f'<p class="dim">{_text(verdict)}</p>'}
+<h2>Diagnosis</h2>{found or f'<p class="dim">{_text(without_diagnosis)}</p>'}
 {shown}
-{f"<h2>Receipts of the callbacks</h2><ul>{kept}</ul>" if kept else ""}
+{f"<h2>Receipts of the callbacks</h2><ul>{listed}</ul>" if listed else ""}
 </body></html>
 """
 
 
-def _weight(diagnosis: str) -> str:
+def _severity(diagnosis: str) -> str:
     return "bad" if diagnosis.split(":")[0] in COLLAPSES else "mild"
 
 

@@ -17,17 +17,17 @@ def nearest(
     excluded: tuple[Tensor, Tensor] | None = None,
     chunk_bytes: int = 2**26,
 ) -> tuple[Tensor, Tensor]:
-    """The k most similar candidates of each of some features.
+    """The k most similar candidates of each feature.
 
     Args:
-        features: unit vectors (n, D).
-        candidates: unit vectors (N, D), N >= k.
-        k: how many.
-        excluded: groups (n,) and (N,); candidates of a sample's own group are left out.
-        chunk_bytes: memory for similarities (at least those of one sample to all candidates).
+        features: Unit vectors (n, D).
+        candidates: Unit vectors (N, D), N >= k.
+        k: Number of neighbours.
+        excluded: Groups (n,) and (N,); candidates of a sample's own group are skipped.
+        chunk_bytes: Memory in bytes for similarities (at least those of one sample to all candidates).
 
     Returns:
-        Cosine similarities (n, k) in float32, falling, and indices (n, k); -inf fills up where too few are left.
+        Cosine similarities (n, k) in float32, descending, and indices (n, k); -inf where there are fewer than k.
 
     Raises:
         ValueError: a sample without a candidate outside of its group.
@@ -44,7 +44,7 @@ def nearest(
     alone = int(values[:, 0].isneginf().sum())
     if alone:
         raise ValueError(
-            f"{alone} of {len(features)} samples have no neighbour outside of their own group: give voters of more "
+            f"{alone} of {len(features)} samples have no neighbour outside of their own group: add voters of other "
             "groups"
         )
     return values, indices

@@ -1,4 +1,4 @@
-"""The objective's loss and gradients in one pass, from logits or block by block from their factors.
+"""Loss and gradients of the objective in one pass, from logits or block by block from their factors.
 
 Both autograd functions compute the gradients in forward, keep them in float32 at least, and only scale them in
 backward.
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+BLOCK_BYTES = 2**27  # 128 MiB
+
 
 def cross_entropies_(teacher: Tensor, student: Tensor, total: Tensor) -> Tensor:
     """Sum over t != s and the samples of H(p_t, q_s), p_t = softmax(teacher_t), q_s = softmax(student_s).
@@ -21,9 +23,9 @@ def cross_entropies_(teacher: Tensor, student: Tensor, total: Tensor) -> Tensor:
     where n_s is the number of teacher views other than s: T - 1 for s < T, else T.
 
     Args:
-        teacher: (T, b, K), logits over temperature; afterwards the targets of the first T student views.
-        student: (S, b, K), logits over temperature; afterwards the q_s.
-        total: (b, K), memory; afterwards the target of the other student views, the sum of all p_t.
+        teacher: Logits over temperature (T, b, K); overwritten by the targets of the first T student views.
+        student: Logits over temperature (S, b, K); overwritten by the q_s.
+        total: Memory (b, K); overwritten by the target of the other student views, the sum of all p_t.
     """
     views = len(teacher)
     torch.softmax(teacher, dim=-1, out=teacher)
@@ -38,7 +40,7 @@ def cross_entropies_(teacher: Tensor, student: Tensor, total: Tensor) -> Tensor:
 
 
 def gradients_(targets: Tensor, student: Tensor, total: Tensor, scale: float) -> None:
-    """What `cross_entropies_` left -> in place of `student`, the gradient in it times `scale`.
+    """Overwrite `student` with its gradient times `scale`, from the results of `cross_entropies_`.
 
     The gradient is n_s q_s - sum_{t != s} p_t. (A scale of -1 costs the least.)
     """
@@ -52,7 +54,7 @@ def gradients_(targets: Tensor, student: Tensor, total: Tensor, scale: float) ->
 
 
 class LogitsObjective(torch.autograd.Function):
-    """Logits (T, B, K) and (S, B, K) -> mean cross-entropy. Keeps the gradient in the student's logits alone."""
+    """Logits (T, B, K) and (S, B, K) -> mean cross-entropy; keeps nothing but the gradient of the student's logits."""
 
     @staticmethod
     def forward(
@@ -74,7 +76,7 @@ class LogitsObjective(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """Scale what forward has kept."""
+        """Scale the gradients that forward kept."""
         (gradient,) = ctx.saved_tensors
         return None, _scaled(gradient, grad, ctx.dtype), None, None, None
 
@@ -82,8 +84,8 @@ class LogitsObjective(torch.autograd.Function):
 class FactoredObjective(torch.autograd.Function):
     """Unit vectors and prototypes of both sides -> mean cross-entropy, with one block of logits in memory.
 
-    Products are taken in `dtype`, everything else in float32 at least. The targets are subtracted inside the block,
-    so that the products are those which a bare forward and backward need, and no more.
+    Products are computed in `dtype`, everything else in float32 at least. The targets are subtracted inside the block,
+    so that there are no more products than a bare forward and backward need.
     """
 
     @staticmethod
@@ -104,42 +106,49 @@ class FactoredObjective(torch.autograd.Function):
         ctx.dtypes = student_z.dtype, student_prototypes.dtype
         count, views = _count(teacher_z, student_z), (len(teacher_z), len(student_z), 1)
         teacher_prototypes, prototypes = teacher_prototypes.to(dtype), student_prototypes.to(dtype)
-        memory = BlockMemory(views, student_z.shape[1], prototypes, block_bytes)
-        scale = -1 / (memory.scale * student_temp * count)  # of the negative gradient's products
-        loss = memory.sums.new_zeros(())
+        workspace = LogitsWorkspace(views, student_z.shape[1], prototypes, block_bytes)
+        scale = -1 / (workspace.gradient_scale * student_temp * count)  # of the products with the negative gradient
+        loss = workspace.logits.new_zeros(())
         grad_z = torch.empty_like(student_z, dtype=loss.dtype) if needs_z else None
         grad_prototypes = torch.empty_like(prototypes, dtype=loss.dtype) if needs_prototypes else None
-        for part in memory.parts:
-            z = student_z[:, part].to(dtype).flatten(end_dim=1)  # (S b, D)
-            teacher, student, total = memory.views(part)
-            memory.multiply_(teacher, teacher_z[:, part].to(dtype).flatten(end_dim=1), teacher_prototypes, teacher_temp)
-            memory.multiply_(student, z, prototypes, student_temp)
+        for samples in workspace.blocks:
+            z = student_z[:, samples].to(dtype).flatten(end_dim=1)  # (S b, D)
+            teacher, student, total = workspace.split(samples)
+            z_teacher = teacher_z[:, samples].to(dtype).flatten(end_dim=1)  # (T b, D)
+            workspace.multiply_(teacher, z_teacher, teacher_prototypes, teacher_temp)
+            workspace.multiply_(student, z, prototypes, student_temp)
             loss += cross_entropies_(teacher.sub_(center / teacher_temp), student, total[0])
             if needs_z or needs_prototypes:
                 gradients_(teacher, student, total[0], -1.0)
-                negative = memory.lowered(student)  # (S b, K)
+                negative = workspace.scale_for_product_(student)  # (S b, K)
             if grad_z is not None:
-                grad_z[:, part] = (negative @ prototypes).to(loss.dtype).mul_(scale).view_as(grad_z[:, part])
+                grad_z[:, samples] = (negative @ prototypes).to(loss.dtype).mul_(scale).view_as(grad_z[:, samples])
             if grad_prototypes is not None:
-                memory.add_product_(grad_prototypes, negative.T, z, scale, is_first=part.start == 0)
+                workspace.add_product_(grad_prototypes, negative.T, z, scale, is_first=samples.start == 0)
         ctx.save_for_backward(grad_z, grad_prototypes)
         return loss / count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        """Scale what forward has kept."""
+        """Scale the gradients that forward kept."""
         gradients = [_scaled(kept, grad, dtype) for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return None, None, *gradients, None, None, None, None, None
 
 
-class BlockMemory:
+class LogitsWorkspace:
     """Memory for the logits of one block of samples, within a budget, and the products that fill it.
 
     Args:
-        views: how many views of b samples lie in it, for each part that `views()` gives.
-        samples: B.
-        prototypes: (K, D), in the type in which products are taken.
-        block_bytes: the budget; one sample is the least.
+        views: Numbers of views of the tensors that lie in it side by side; `split()` returns one tensor for each.
+        samples: Number B of samples in the batch.
+        prototypes: Prototypes (K, D) in the type in which products are computed.
+        block_bytes: Budget in bytes; a block holds at least one sample.
+
+    Attributes:
+        blocks: Slices of samples, all of about the same length.
+        logits: Memory (rows, K) for the logits of the longest block, float32 at least.
+        low_precision: Memory (rows, K) for products in a lower precision than `logits`; None if there is none.
+        gradient_scale: Factor that keeps float16 gradients from vanishing and their sums from overflowing.
     """
 
     def __init__(self, views: tuple[int, ...], samples: int, prototypes: Tensor, block_bytes: int) -> None:
@@ -147,36 +156,37 @@ class BlockMemory:
         is_low = dtype != sum_dtype
         per_sample = outputs * (sum(views) * sum_dtype.itemsize + is_low * max(views) * dtype.itemsize)
         number = math.ceil(samples / max(1, block_bytes // per_sample))
-        longest = math.ceil(samples / number)  # parts of about one length
-        self.parts = [slice(start, min(start + longest, samples)) for start in range(0, samples, longest)]
-        self.sizes = views
-        self.sums = prototypes.new_empty(sum(views) * longest, outputs, dtype=sum_dtype)
-        self.low = prototypes.new_empty(max(views) * longest, outputs) if is_low else None
-        # In float16 a gradient must be large enough not to vanish, and small enough for its sums over all rows.
-        self.scale = 2.0**14 / (max(views) * longest) if is_low else 1.0
+        longest = math.ceil(samples / number)
+        self.blocks = [slice(start, min(start + longest, samples)) for start in range(0, samples, longest)]
+        self.logits = prototypes.new_empty(sum(views) * longest, outputs, dtype=sum_dtype)
+        self.low_precision = prototypes.new_empty(max(views) * longest, outputs) if is_low else None
+        self.gradient_scale = 2.0**14 / (max(views) * longest) if is_low else 1.0
+        self._views = views
 
-    def views(self, part: slice) -> tuple[Tensor, ...]:
-        """Contiguous memory (views, b, K) for each of `views`."""
-        length = part.stop - part.start
-        memory = self.sums[: sum(self.sizes) * length].view(-1, length, self.sums.shape[1])
-        return torch.split(memory, list(self.sizes))
+    def split(self, samples: slice) -> tuple[Tensor, ...]:
+        """Contiguous memory (views, b, K) for each of `views`, with the b samples of a block."""
+        length = samples.stop - samples.start
+        memory = self.logits[: sum(self._views) * length].view(-1, length, self.logits.shape[1])
+        return torch.split(memory, list(self._views))
 
     def multiply_(self, out: Tensor, z: Tensor, prototypes: Tensor, temp: float) -> None:
         """`out` (views, b, K) = z (views b, D) times prototypes (K, D) over `temp`."""
         rows = out.flatten(end_dim=1)
-        product = rows if self.low is None else self.low[: len(rows)]
+        product = rows if self.low_precision is None else self.low_precision[: len(rows)]
         torch.addmm(product, z, prototypes.T, beta=0, alpha=1 / temp, out=product)
-        if self.low is not None:
+        if self.low_precision is not None:
             rows.copy_(product)
 
-    def lowered(self, values: Tensor) -> Tensor:
-        """(views, b, K) -> (views b, K) in the type of the products, times `scale`."""
+    def scale_for_product_(self, values: Tensor) -> Tensor:
+        """(views, b, K) -> (views b, K) in the type of the products, times `gradient_scale`."""
         rows = values.flatten(end_dim=1)
-        return rows if self.low is None else torch.mul(rows, self.scale, out=self.low[: len(rows)])
+        if self.low_precision is None:
+            return rows
+        return torch.mul(rows, self.gradient_scale, out=self.low_precision[: len(rows)])
 
     def add_product_(self, total: Tensor, a: Tensor, b: Tensor, scale: float, *, is_first: bool) -> None:
         """`total` += scale a @ b; the first time `total` has no values yet."""
-        if self.low is None:
+        if self.low_precision is None:
             torch.addmm(total, a, b, beta=0 if is_first else 1, alpha=scale, out=total)
         elif is_first:
             torch.mul(a @ b, total.new_full((1,), scale), out=total)  # with a dimension: float32 takes part
@@ -185,7 +195,7 @@ class BlockMemory:
 
 
 def _count(teacher: Tensor, student: Tensor) -> int:
-    """How many cross-entropies are averaged: pairs of views times samples."""
+    """Number of cross-entropies in the mean: pairs of views times samples."""
     return len(teacher) * (len(student) - 1) * student.shape[1]
 
 
@@ -207,7 +217,7 @@ def _scaled(kept: Tensor | None, grad: Tensor, dtype: torch.dtype) -> Tensor | N
 
 
 class _NotDifferentiable(torch.autograd.Function):
-    """The gradient, unchanged, for those who would differentiate it: it is a constant only in appearance."""
+    """The gradient, unchanged; differentiating it raises, as it only looks like a constant."""
 
     @staticmethod
     def forward(_ctx: Any, gradient: Tensor, _link: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Samples to show, and from tensors to pictures: thumbnails, principal components, maps of patch tokens.
+"""Samples for the report, and the pictures made of them: thumbnails, principal components, maps of patches.
 
 Sizes: B images, C channels, H and W pixels, N samples or tokens, D features, h and w patches.
 """
@@ -11,11 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino_head._neighbours import check_finite
 from dino_head.callbacks._features import features_of, some_batches, split
+from dino_head.metrics._neighbours import check_finite
 
-PIXELS = 96  # the longer side of a thumbnail
-WHOLE = 6  # samples whose inputs are kept
+THUMBNAIL_PIXELS = 96  # on the longer side
+KEPT_INPUTS = 6  # samples, for maps of their patches
 
 
 class Samples(NamedTuple):
@@ -33,7 +33,7 @@ def take_samples(
     """Some samples of a loader, with labels or without, in main memory.
 
     Raises:
-        ValueError: no batch, or features that are not (B, D) or not finite.
+        ValueError: The loader has no batch, or features are not (B, D) or not finite.
     """
     features, labels, pictures = [], [], []
     first: Tensor | None = None
@@ -46,9 +46,9 @@ def take_samples(
         features.append(features_of(pl_module, trainer, module, inputs).cpu())
         pictures.append(thumbnails(inputs))
         if first is None and isinstance(inputs, Tensor):
-            first = inputs[:WHOLE].to(pl_module.device)
+            first = inputs[:KEPT_INPUTS].to(pl_module.device)
     if not features:
-        raise ValueError("there is nothing to show: a loader gave no batch")
+        raise ValueError("there is nothing to show: a loader yielded no batch")
     check_finite("features", torch.cat(features))
     shapes = {None if part is None else part.shape[1:] for part in pictures}
     return Samples(
@@ -62,7 +62,7 @@ def take_samples(
 def thumbnails(inputs: Any) -> Tensor | None:
     """Images (B, C, H, W) or volumes (B, C, depth, H, W) -> (B, h, w, 3) in [0, 1], each by its own range; else None.
 
-    Of volumes the middle slice is taken, of 2 or more than 3 channels the first, or the first three.
+    Volumes are shown by their middle slice; 2 channels by the first, more than 3 by the first three.
     """
     if not isinstance(inputs, Tensor) or inputs.dim() not in (4, 5) or not inputs.shape[1]:
         return None
@@ -71,15 +71,15 @@ def thumbnails(inputs: Any) -> Tensor | None:
         images = images[:, :, images.shape[2] // 2]
     images = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
     longer = max(images.shape[-2:])
-    if longer > PIXELS:
-        size = [max(1, side * PIXELS // longer) for side in images.shape[-2:]]
+    if longer > THUMBNAIL_PIXELS:
+        size = [max(1, side * THUMBNAIL_PIXELS // longer) for side in images.shape[-2:]]
         images = F.interpolate(images, size, mode="area")
     low, high = (extreme(images.flatten(1), dim=1)[:, None, None, None] for extreme in (torch.amin, torch.amax))
     return ((images - low) / (high - low).clamp(min=1e-12)).nan_to_num().movedim(1, -1)
 
 
-class Maps(NamedTuple):
-    """Of the patches of some images, what the backbone offers: tokens (B, h, w, D) and attention (B, h, w)."""
+class PatchMaps(NamedTuple):
+    """Tokens (B, h, w, D) and attention (B, h, w) of the patches of some images, where the backbone has them."""
 
     tokens: Tensor | None = None
     attention: Tensor | None = None
@@ -95,31 +95,31 @@ def principal_components(features: Tensor, count: int) -> Tensor:
 
 
 def patch_tokens(backbone: Any, images: Tensor) -> Tensor | None:
-    """Images (B, C, H, W) -> the last layer's patch tokens (B, h, w, D), of backbones that offer them; else None.
+    """Images (B, C, H, W) -> the last layer's patch tokens (B, h, w, D); None if the backbone lacks the method.
 
-    `get_intermediate_layers(images, n=1)`, as the authors' models and timm's have it, gives [(B, N, D)]; class and
-    register tokens may stand in front.
+    `get_intermediate_layers(images, n=1)`, as in the authors' models and timm's, returns [(B, N, D)]; class and
+    register tokens may come first.
     """
     if not hasattr(backbone, "get_intermediate_layers") or images.dim() != 4:
         return None
     tokens: Tensor = backbone.get_intermediate_layers(images, n=1)[0]
     if tokens.dim() != 3:
-        raise ValueError(f"get_intermediate_layers is to give tokens (B, N, D), and gives {tuple(tokens.shape)}")
+        raise ValueError(f"get_intermediate_layers must return tokens (B, N, D), got {tuple(tokens.shape)}")
     height, width = _grid(backbone, tokens.shape[1], images)
     patches = tokens[:, tokens.shape[1] - height * width :].float().cpu()
     return patches.reshape(len(images), height, width, -1)
 
 
 def attention_maps(backbone: Any, images: Tensor) -> Tensor | None:
-    """Images -> how much the class token attends to each patch, mean over heads (B, h, w); None if not offered.
+    """Images -> attention of the class token to each patch (B, h, w), mean over heads; None without the method.
 
-    `get_last_selfattention(images)`, as the authors' models have it, gives (B, heads, N, N).
+    `get_last_selfattention(images)`, as in the authors' models, returns (B, heads, N, N).
     """
     if not hasattr(backbone, "get_last_selfattention") or images.dim() != 4:
         return None
     attention: Tensor = backbone.get_last_selfattention(images)
     if attention.dim() != 4:
-        raise ValueError(f"get_last_selfattention is to give (B, heads, N, N), and gives {tuple(attention.shape)}")
+        raise ValueError(f"get_last_selfattention must return (B, heads, N, N), got {tuple(attention.shape)}")
     height, width = _grid(backbone, attention.shape[-1], images)
     return attention[:, :, 0, -height * width :].mean(dim=1).float().cpu().reshape(len(images), height, width)
 
@@ -132,7 +132,7 @@ def as_colours(tokens: Tensor) -> Tensor:
 
 
 def _grid(backbone: Any, tokens: int, images: Tensor) -> tuple[int, int]:
-    """Patches along both sides: by the backbone's `patch_size`, or the most that its tokens can hold."""
+    """Patches along both sides: by the backbone's `patch_size`, or else the largest grid of its tokens."""
     height, width = images.shape[-2:]
     sized = backbone if hasattr(backbone, "patch_size") else getattr(backbone, "patch_embed", None)
     patch = getattr(sized, "patch_size", None)

@@ -1,4 +1,4 @@
-"""The report's figures, drawn by matplotlib without a window or any global state.
+"""The report's charts, drawn by matplotlib without a window or any global state.
 
 Sizes: N samples, k neighbours, h and w patches.
 """
@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 
-from dino_head._neighbours import nearest
-from dino_head.callbacks._pictures import Maps, Samples, as_colours, principal_components
-from dino_head.functional import evenly
+from dino_head._indices import spaced_indices
+from dino_head.callbacks.report.curves import Curves
+from dino_head.callbacks.report.pictures import PatchMaps, Samples, as_colours, principal_components
+from dino_head.metrics._neighbours import nearest
 
 History = Sequence[dict[str, float]]
-Curves = dict[str, tuple[list[float], list[float]]]  # steps and values
 
 DASHED: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 1.0, "alpha": 0.8}
 GREY, RIGHT, WRONG = "0.45", "tab:green", "tab:red"
@@ -31,12 +31,12 @@ SCHEDULES = {
     "teacher_momentum": "teacher momentum",
 }
 AXES = ("first", "second")
-MOST_CLASSES = 20  # with a colour and a name each
+MAX_CLASSES = 20  # with a colour and a name each
 SHOWN, NEIGHBOURS = 6, 6  # held-out images, and neighbours of each
 
 
-class Drawn(NamedTuple):
-    """A figure and what is said of it."""
+class Chart(NamedTuple):
+    """A figure with its name and its texts."""
 
     name: str
     title: str
@@ -44,61 +44,58 @@ class Drawn(NamedTuple):
     figure: Figure
 
 
-def draw(
-    looks: History,
+def draw_charts(
+    measurements: History,
     probes: History,
     train: Samples | None,
     test: Samples | None,
-    maps: Maps,
-    reference: Curves | None = None,
-) -> list[Drawn]:
-    """All figures for which there is something to draw; the reference is another run's course, to be compared with."""
-    drawn = []
-    if looks or probes or test is not None:
-        caption = (
-            "The student lowers the KL; the teacher's entropy is given to it, and is ln K if the teacher is uniform. A "
-            "loss above ln K is that of a student far from its teacher."
-        )
-        compared = " Dashed: the reference, per ln K, at the same share of its run." if reference else ""
-        drawn.append(
-            Drawn(
-                "overview",
-                "Course of the run",
-                (caption if looks else "") + compared,
-                overview(looks, probes, test, reference or {}),
+    maps: PatchMaps,
+    reference: Curves | None,
+) -> list[Chart]:
+    """All charts for which there are data; the reference is drawn under the run's own curves."""
+    charts = []
+    if measurements or probes or test is not None:
+        caption = ""
+        if measurements:
+            caption = (
+                "The student lowers the KL. It cannot lower the teacher's entropy, which is ln K if the teacher is "
+                "uniform. A loss above ln K means that the student is far from its teacher."
             )
-        )
+        if reference:
+            caption += " Dashed: the reference, normalized by ln K, at the same share of its run."
+        figure = overview(measurements, probes, test, reference or {})
+        charts.append(Chart("overview", "Course of the run", caption, figure))
     if train is not None and test is not None and train.pictures is not None and test.pictures is not None:
         caption = "Held-out images (left) and the training images nearest to them, with their cosine similarity."
-        caption += _shown_part(test.inputs)
+        caption += _visible_part(test.inputs)
         if train.labels is not None and test.labels is not None:
             caption += " Green frames: the same label; red: another."
-        drawn.append(Drawn("neighbours", "Nearest neighbours", caption, neighbours(train, test)))
+        charts.append(Chart("neighbours", "Nearest neighbours", caption, neighbours(train, test)))
     if test is not None and test.pictures is not None and (maps.tokens is not None or maps.attention is not None):
         caption = (
             "Patch tokens: their first three principal components over all these images as red, green and blue. "
-            "Attention: the class token's, mean over the heads, from the least to the most in each image."
+            "Attention: from the class token, mean over the heads, on each image's own scale."
         )
-        drawn.append(Drawn("patches", "What the patches say", caption, patches(test.pictures, maps)))
-    return drawn
+        charts.append(Chart("patches", "Patch tokens and attention", caption, patches(test.pictures, maps)))
+    return charts
 
 
-def read(file: Path) -> Any:
+def read_pixels(file: Path) -> Any:
     """Pixels (H, W, 3 or 4) of a PNG file."""
     return image.imread(file)
 
 
-def overview(looks: History, probes: History, test: Samples | None, reference: Curves) -> Figure:
-    """Loss, rank and kNN, schedules, and a map of held-out features: whatever there is."""
+def overview(measurements: History, probes: History, test: Samples | None, reference: Curves) -> Figure:
+    """Loss, rank and kNN, schedules, and a map of held-out features, as far as there are data."""
     panels: list[Any] = []
-    if looks:
-        panels.append(lambda figure, spec: _loss(figure.add_subplot(spec), looks, reference))
-    if looks or probes:
-        panels.append(lambda figure, spec: _quality(figure.add_subplot(spec), looks, probes, reference))
-    if looks:
-        panels.append(lambda figure, spec: _schedules(figure, spec, looks))
+    if measurements:
+        panels.append(lambda figure, spec: _loss(figure.add_subplot(spec), measurements, reference))
+    if measurements or probes:
+        panels.append(lambda figure, spec: _quality(figure.add_subplot(spec), measurements, probes, reference))
+    if measurements:
+        panels.append(lambda figure, spec: _schedules(figure, spec, measurements))
     if test is not None:
-        panels.append(lambda figure, spec: _map(figure.add_subplot(spec), test.features, test.labels))
+        panels.append(lambda figure, spec: _feature_map(figure.add_subplot(spec), test.features, test.labels))
     rows, columns = math.ceil(len(panels) / 2), min(2, len(panels))
     figure = Figure(figsize=(6 * columns, 4.5 * rows), layout="constrained")
     grid = figure.add_gridspec(max(1, rows), max(1, columns))
@@ -111,7 +108,7 @@ def neighbours(train: Samples, test: Samples) -> Figure:
     """A row for each of some held-out images: the image, and its nearest training images."""
     assert train.pictures is not None
     assert test.pictures is not None
-    shown = evenly(len(test.features), min(SHOWN, len(test.features)))
+    shown = spaced_indices(len(test.features), min(SHOWN, len(test.features)))
     similarity, indices = nearest(
         F.normalize(test.features[shown], dim=1),
         F.normalize(train.features, dim=1),
@@ -129,7 +126,7 @@ def neighbours(train: Samples, test: Samples) -> Figure:
     return figure
 
 
-def patches(images: Tensor, maps: Maps) -> Figure:
+def patches(images: Tensor, maps: PatchMaps) -> Figure:
     """A column for each of the first images (N, H, W, 3), over the maps of its patches."""
     colours = None if maps.tokens is None else as_colours(maps.tokens)
     rows = [("image", images), ("patch tokens", colours), ("attention", maps.attention)]
@@ -144,15 +141,16 @@ def patches(images: Tensor, maps: Maps) -> Figure:
     return figure
 
 
-def _loss(axis: Axes, looks: History, reference: Curves) -> None:
-    steps, loss, entropy = (_column(looks, name) for name in ("step", "loss", "teacher_entropy"))
-    limit = next((look["loss"] / look["loss_per_lnK"] for look in looks if look["loss_per_lnK"] > 0), math.nan)
+def _loss(axis: Axes, measurements: History, reference: Curves) -> None:
+    steps, loss, entropy = (_column(measurements, name) for name in ("step", "loss", "teacher_entropy"))
+    ratios = (row["loss"] / row["loss_normalized"] for row in measurements if row["loss_normalized"] > 0)
+    limit = next(ratios, math.nan)  # ln K
     axis.fill_between(steps, entropy, color="tab:blue", alpha=0.25, linewidth=0, label="teacher entropy")
     axis.fill_between(steps, entropy, loss, color="tab:orange", alpha=0.4, linewidth=0, label="KL")
     axis.plot(steps, loss, color="black", linewidth=1.2, label="loss", **_marker(steps))
     for name, label, colour in (
-        ("loss_per_lnK", "reference: loss", "black"),
-        ("teacher_entropy_per_lnK", "reference: teacher entropy", "tab:blue"),
+        ("loss_normalized", "reference: loss", "black"),
+        ("teacher_entropy_normalized", "reference: teacher entropy", "tab:blue"),
     ):
         if name in reference:
             x, shares = reference[name]
@@ -162,7 +160,7 @@ def _loss(axis: Axes, looks: History, reference: Curves) -> None:
     axis.legend(loc="best", edgecolor="none", fontsize="small")
 
 
-def _quality(axis: Axes, looks: History, probes: History, reference: Curves) -> None:
+def _quality(axis: Axes, measurements: History, probes: History, reference: Curves) -> None:
     axis.set(xlabel="optimizer steps")
     if probes:
         steps = _column(probes, "step")
@@ -174,24 +172,24 @@ def _quality(axis: Axes, looks: History, probes: History, reference: Curves) -> 
             axis.plot(x, [100 * share for share in shares], color="tab:green", **DASHED)
         axis.set_ylabel("kNN accuracy, %", color="tab:green")
         axis.set_ylim(top=min(axis.get_ylim()[1], 100.5))
-    if looks:
+    if measurements:
         other = axis.twinx() if probes else axis
-        steps = _column(looks, "step")
-        other.plot(steps, _column(looks, "rankme"), color="tab:purple", label="RankMe", **_marker(steps))
+        steps = _column(measurements, "step")
+        other.plot(steps, _column(measurements, "rankme"), color="tab:purple", label="RankMe", **_marker(steps))
         other.set_ylabel("RankMe of the embeddings", color="tab:purple")
         other.set_ylim(0, 1.08 * other.get_ylim()[1])
-    names = ["kNN accuracy"] * bool(probes) + ["effective rank"] * bool(looks)
+    names = ["kNN accuracy"] * bool(probes) + ["effective rank"] * bool(measurements)
     axis.set_title(" and ".join(names))
 
 
-def _schedules(figure: Figure, spec: Any, looks: History) -> None:
-    names = [name for name in SCHEDULES if name in looks[-1]]
+def _schedules(figure: Figure, spec: Any, measurements: History) -> None:
+    names = [name for name in SCHEDULES if name in measurements[-1]]
     grid = spec.subgridspec(len(names), 1, hspace=0.08)
     for index, name in enumerate(names):
         axis = figure.add_subplot(grid[index])
-        known = [look for look in looks if name in look]
+        known = [row for row in measurements if name in row]
         axis.plot(_column(known, "step"), _column(known, name), color="tab:blue", **_marker(known))
-        axis.set_xlim(*figure.axes[0].get_xlim())  # that of the loss
+        axis.set_xlim(*figure.axes[0].get_xlim())  # as for the loss
         axis.margins(y=0.25)
         axis.set_title(SCHEDULES[name], loc="left", fontsize="small", pad=3)
         axis.tick_params(labelsize="small", labelbottom=index == len(names) - 1)
@@ -199,14 +197,14 @@ def _schedules(figure: Figure, spec: Any, looks: History) -> None:
     axis.set_xlabel("optimizer steps")
 
 
-def _map(axis: Axes, features: Tensor, labels: Tensor | None) -> None:
+def _feature_map(axis: Axes, features: Tensor, labels: Tensor | None) -> None:
     components = principal_components(features, 2)
     shares = (components.var(dim=0) / features.var(dim=0).sum()).nan_to_num().tolist()
     x, y = components.T.tolist()
     classes = [] if labels is None else labels.unique().tolist()
     if labels is None:
         axis.scatter(x, y, s=12, color="tab:blue", linewidths=0)
-    elif len(classes) > MOST_CLASSES:
+    elif len(classes) > MAX_CLASSES:
         axis.scatter(x, y, s=12, c=labels.tolist(), cmap="turbo", linewidths=0)
     else:
         colours = colormaps["tab10" if len(classes) <= 10 else "tab20"]
@@ -226,11 +224,12 @@ def _show(axis: Axes, picture: Tensor, title: str = "", frame: str | None = None
         spine.set(visible=frame is not None, edgecolor=frame, linewidth=2.5)
 
 
-def _shown_part(inputs: Tensor | None) -> str:
+def _visible_part(inputs: Tensor | None) -> str:
     if inputs is None:
         return ""
-    part = " Of volumes the middle slice is shown." if inputs.dim() == 5 else ""
-    return part + (" Of the channels the first is shown, or the first three." if inputs.shape[1] not in (1, 3) else "")
+    part = " Volumes are shown by their middle slice." if inputs.dim() == 5 else ""
+    channels = " Channels: the first, or the first three." if inputs.shape[1] not in (1, 3) else ""
+    return part + channels
 
 
 def _column(history: History, name: str) -> list[float]:

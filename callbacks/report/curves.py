@@ -1,0 +1,39 @@
+"""The curves of a run as `curves.json`: a report writes them, and a later report can draw them as a reference."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+Curves = dict[str, tuple[list[float], list[float]]]  # steps and values
+
+
+def read_curves(file: Path) -> dict[str, Any]:
+    """`steps` of the whole run, and the histories of CollapseMonitorCallback (`looks`) and KNNProbeCallback (`probes`).
+
+    Raises:
+        ValueError: The file is not the curves.json of a ReportCallback.
+    """
+    try:
+        curves: dict[str, Any] = json.loads(file.read_text())
+        rescale_curves(curves, curves["steps"])
+    except Exception as error:  # anything may be in the file
+        raise ValueError(
+            f"reference={str(file)!r} is not the curves.json of a ReportCallback ({type(error).__name__}: {error})"
+        ) from error
+    return curves
+
+
+def rescale_curves(reference: dict[str, Any], steps: float) -> Curves:
+    """The reference's curves at the same share of a run of `steps` optimizer steps; unscaled for a run without end."""
+    is_finite = math.isfinite(steps) and math.isfinite(reference["steps"])
+    scale = steps / reference["steps"] if is_finite else 1.0
+    measurements, probes = reference["looks"], reference["probes"]
+    return {
+        name: ([row["step"] * scale for row in rows], [row[name] for row in rows])
+        for name, rows in (
+            ("loss_normalized", measurements),
+            ("teacher_entropy_normalized", measurements),
+            ("top1", probes),
+        )
+    }

@@ -1,0 +1,173 @@
+"""Both kinds of a head's output as one: logits, and factors that are not multiplied yet.
+
+Sizes: V views, B samples, K prototypes, D bottleneck width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dino_head.prototypes import FactoredLogits
+
+
+class Outputs(NamedTuple):
+    """The outputs of all views of one side.
+
+    Args:
+        rows: Unit vectors (V, B, D) if there are prototypes, else logits (V, B, K).
+        prototypes: Prototypes (K, D), or None.
+    """
+
+    rows: Tensor
+    prototypes: Tensor | None = None
+
+    @property
+    def views(self) -> int:
+        """V."""
+        return self.rows.shape[0]
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return self.rows.shape[1]
+
+    @property
+    def output_dim(self) -> int:
+        """K."""
+        return self.rows.shape[2] if self.prototypes is None else len(self.prototypes)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The one or two tensors."""
+        return [self.rows] if self.prototypes is None else [self.rows, self.prototypes]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of the tensors requires a gradient."""
+        return any(tensor.requires_grad for tensor in self.tensors)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The type in which autocast would multiply, or type promotion where autocast is off."""
+        dtype, device = self.tensors[0].dtype, self.rows.device.type
+        for tensor in self.tensors:
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        is_cast = torch.is_autocast_enabled(device) and dtype != torch.float64
+        return torch.get_autocast_dtype(device) if is_cast else dtype
+
+    def detach(self) -> "Outputs":
+        """The same values without gradients."""
+        return Outputs(*(tensor.detach() for tensor in self.tensors))
+
+    def cpu(self) -> "Outputs":
+        """The same values in main memory."""
+        return Outputs(*(tensor.cpu() for tensor in self.tensors))
+
+    def is_finite(self) -> Tensor:
+        """Whether all values are finite: a boolean scalar on the device."""
+        return torch.stack([tensor.isfinite().all() for tensor in self.tensors]).all()
+
+    def logits_of(self, samples: Tensor) -> Tensor:
+        """Logits (V, b, K) of the samples with these indices (b,), in float32 at least."""
+        rows = self.rows[:, samples]
+        if self.prototypes is None:
+            return rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return F.linear(rows.float(), self.prototypes.float())
+
+    @torch.no_grad()
+    def sum_of_logits(self) -> Tensor:
+        """Sum of the logits over views and samples, (K,) in float32; of factors through the sum of the unit vectors."""
+        rows = self.rows.sum(dim=(0, 1), dtype=torch.float32)
+        if self.prototypes is None:
+            return rows
+        with torch.autocast(rows.device.type, enabled=False):
+            return self.prototypes.float() @ rows
+
+
+# What public functions and modules accept; inside, it is `Outputs` alone.
+Logits = Tensor | Sequence[Tensor] | FactoredLogits | Outputs
+
+
+def as_outputs(out: Logits) -> Outputs:
+    """Check the outputs of one side and bring them into the one form.
+
+    Raises:
+        ValueError: another kind, shape or type than those of `Logits`, or no sample.
+    """
+    if isinstance(out, Outputs):
+        return out
+    outputs = Outputs(*out) if isinstance(out, FactoredLogits) else Outputs(_stack(out))
+    kind = "logits (V, B, K)" if outputs.prototypes is None else "z (V, B, D)"
+    shape = tuple(outputs.rows.shape)
+    if len(shape) != 3:
+        raise ValueError(f"the loss expects {kind} of V views, got {shape}: stack the views first")
+    if 0 in shape:
+        raise ValueError(f"the loss needs at least one sample, got {kind} of shape {shape}: skip empty batches")
+    if outputs.prototypes is not None and (outputs.prototypes.dim() != 2 or outputs.prototypes.shape[1] != shape[2]):
+        raise ValueError(
+            f"FactoredLogits expects z (V, B, D) and prototypes (K, D) of the same D, got {shape} and "
+            f"{tuple(outputs.prototypes.shape)}: take both from head.factored_logits"
+        )
+    for tensor in outputs.tensors:
+        if not tensor.is_floating_point():
+            raise ValueError(f"the loss expects floating-point logits, got {tensor.dtype}: convert with .float()")
+    return outputs
+
+
+def check_sides(teacher: Outputs, student: Outputs) -> None:
+    """Raise ValueError unless both sides fit together."""
+    sizes = [(side.views, side.samples, side.output_dim) for side in (teacher, student)]
+    given = f"got teacher {sizes[0]} and student {sizes[1]} as (views, B, K)"
+    if len(teacher.tensors) != len(student.tensors):
+        kinds = ["logits" if side.prototypes is None else "FactoredLogits" for side in (teacher, student)]
+        raise ValueError(
+            f"teacher and student must both be logits or both FactoredLogits, got {kinds[0]} and {kinds[1]}: call "
+            "head.factored_logits on both sides, or the head itself"
+        )
+    if sizes[0][1:] != sizes[1][1:]:
+        raise ValueError(f"teacher and student must have the same B and K, {given}")
+    if teacher.views > student.views:
+        raise ValueError(
+            f"the student must see the teacher's views first and at least as many of them, {given}: pass views in the "
+            "order global, local on both sides"
+        )
+    if teacher.views == student.views == 1:
+        raise ValueError(f"one view on each side leaves no pair of different views, {given}: add a view")
+    if torch.is_grad_enabled() and teacher.requires_grad and not student.requires_grad:
+        raise ValueError(
+            "teacher_out requires a gradient and student_out does not, so that nothing would be trained: pass the "
+            "teacher's outputs first, and compute them under torch.no_grad()"
+        )
+
+
+def flat_center(center: Tensor | float, output_dim: int) -> Tensor | float:
+    """A center as (K,) or as a number.
+
+    Raises:
+        ValueError: a tensor that does not hold K values.
+    """
+    if not isinstance(center, Tensor):
+        return center
+    if center.numel() != output_dim:
+        raise ValueError(
+            f"center must be a number or hold one value for each of K = {output_dim} prototypes, got "
+            f"{tuple(center.shape)}: give loss and head the same output_dim"
+        )
+    return center.flatten()
+
+
+def _stack(out: Any) -> Tensor:
+    """Logits (V, B, K), or a list of V tensors (B, K), as one tensor."""
+    if isinstance(out, Tensor):
+        return out
+    views: list[Any] = list(out) if isinstance(out, (list, tuple)) else [out]
+    if not views or not all(isinstance(view, Tensor) and view.shape == views[0].shape for view in views):
+        given = [tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__ for view in views]
+        raise ValueError(
+            f"views must be a list of logits (B, K) of one shape, got {given}: pass a tensor (V, B, K), a list of "
+            "tensors (B, K), or one FactoredLogits with the z of all views, (V, B, D)"
+        )
+    return torch.stack(views)

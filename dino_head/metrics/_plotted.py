@@ -1,0 +1,16 @@
+"""What the metrics share."""
+
+from typing import Any
+
+from torchmetrics import Metric
+
+
+class PlottedMetric(Metric):
+    """A metric with a plot of its own results."""
+
+    is_differentiable = False
+    full_state_update = False
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Draw the result of `compute`, or `val`, a result or a list of results -> Matplotlib's figure and axes."""
+        return self._plot(val, ax)

@@ -1,0 +1,113 @@
+"""Accuracy of a vote of nearest neighbours, as a torchmetrics metric.
+
+Sizes: N samples, D features.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dino_head._arguments import check_integer, check_number
+from dino_head.metrics._neighbours import check_labelled, nearest, vote
+from dino_head.metrics._plotted import PlottedMetric
+
+
+class KNNAccuracy(PlottedMetric):
+    """Accuracy of a weighted vote of the k nearest labelled features, as in the authors' eval_knn.py.
+
+        s_i = cosine similarity to voter i
+        class = argmax_c  sum over those i of the k nearest that are of class c  exp(s_i / temperature)
+
+    (Wu et al. 2018, arXiv:1805.01978, section 3.4.) The voters are fixed at construction and stay at `reset`; `update`
+    classifies samples. With groups (patients, slides, scenes), voters of a sample's own group do not vote for it, as
+    neighbours from the same patient make accuracy look better than it is.
+
+    The state is the share of correct samples. With several processes each holds all voters and its part of the samples.
+
+    Args:
+        features: Features of the voters, (N, D).
+        labels: Labels of the voters, integers (N,) of any values.
+        k: Number of voters that vote, at most N.
+        temperature: Temperature of the weights, > 0.
+        groups: Groups of the voters, integers (N,); None for no groups.
+        kwargs: Options of torchmetrics' `Metric`.
+
+    Raises:
+        ValueError: shapes that do not fit, fewer voters than k, one class alone, features that are not finite, or an
+            argument out of range.
+
+    >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+    >>> knn = KNNAccuracy(features, torch.tensor([3, 3, 7, 7]), k=2)
+    >>> knn.update(torch.tensor([[2.0, 0.5], [0.5, 3.0]]), torch.tensor([3, 3]))
+    >>> knn.compute()
+    tensor(0.5000)
+    """
+
+    higher_is_better = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+    features: Tensor
+    labels: Tensor
+    groups: Tensor | None
+    right: Tensor
+    samples: Tensor
+
+    def __init__(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        k: int = 20,
+        temperature: float = 0.07,
+        *,
+        groups: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        check_integer("k", k, 1)
+        check_number("temperature", temperature, 0, float("inf"), exclude_minimum=True)
+        check_labelled("voters", features, labels, groups)
+        if len(features) < k:
+            raise ValueError(f"k={k} voters are needed, got {len(features)}: add voters, or lower k")
+        classes = labels.unique()
+        if len(classes) < 2:
+            raise ValueError(
+                f"all {len(labels)} voters have the label {classes.item()}, so that every vote is right or wrong "
+                "whatever the features: add voters of another class"
+            )
+        self.k, self.temperature = k, temperature
+        self.register_buffer("features", F.normalize(features.float(), dim=1), persistent=False)
+        self.register_buffer("labels", labels, persistent=False)
+        self.register_buffer("groups", groups, persistent=False)
+        self.add_state("right", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("samples", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    @torch.no_grad()
+    def update(self, features: Tensor, labels: Tensor, groups: Tensor | None = None) -> None:
+        """Classify features (N, D) with labels (N,), and with groups (N,) if the voters have groups.
+
+        Raises:
+            ValueError: shapes that do not fit, features that are not finite, groups of one side alone, or a sample
+                without a voter outside of its group.
+        """
+        check_labelled("samples", features, labels, groups)
+        if features.shape[1] != self.features.shape[1]:
+            raise ValueError(
+                f"samples must have features of width {self.features.shape[1]}, as the voters, got "
+                f"{features.shape[1]}: compute both with one network"
+            )
+        if (groups is None) != (self.groups is None):
+            given, missing = ("voters", "samples") if groups is None else ("samples", "voters")
+            raise ValueError(
+                f"the {given} have groups and the {missing} have none: pass groups for both or for neither"
+            )
+        excluded = None if groups is None or self.groups is None else (groups, self.groups)
+        unit = F.normalize(features.float(), dim=1)
+        found = nearest(unit, self.features, self.k, excluded=excluded)
+        self.right += (vote(*found, self.labels, self.temperature) == labels).sum()
+        self.samples += len(features)
+
+    def compute(self) -> Tensor:
+        """Share of correct samples, in [0, 1]; NaN without any."""
+        return self.right / self.samples
