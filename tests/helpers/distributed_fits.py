@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from dino_head.callbacks import (
     ReportCallback,
     TeacherUpdateCallback,
 )
-from dino_head.cli.fit import main
+from dino_head.cli.fit import fit
 from dino_head.vision.loaders import ResumableLoader
 from helpers.scripts import SendSignal
 from helpers.tiny_dino import TinyDINO, tiny_dino
@@ -256,9 +255,7 @@ def resumed(folder: Path) -> dict[str, Any]:
 
 
 def run_recipe(folder: Path) -> dict[str, Any]:
-    """A recipe with the options in `options.json`, by LightningCLI as it is called from a shell."""
+    """A run by the command in `command.json`."""
     warnings.filterwarnings("ignore")
-    sys.argv = json.loads((folder / "options.json").read_text())
-    cli = main()
-    receipts = [callback.receipt for callback in cli.trainer.callbacks if hasattr(callback, "receipt")]
-    return {"receipts": receipts, "state": state(cli.model), "steps": cli.trainer.global_step}
+    cli = fit(json.loads((folder / "command.json").read_text()))
+    return {"receipts": cli.results["receipts"], "state": state(cli.model), "steps": cli.trainer.global_step}

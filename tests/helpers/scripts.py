@@ -45,16 +45,3 @@ class SendSignal(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (trainer.global_step, trainer.global_rank) == (self.step, self.rank):
             os.kill(os.getpid(), self.number)
-
-
-class LimitFileSize(Callback):
-    """From the second epoch on, writing fails in the middle of a file that is larger, as on a full disk."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        import resource
-
-        if trainer.current_epoch == 1:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.size))
