@@ -1,6 +1,5 @@
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,13 +19,17 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("watching", ["--rounds", "1", "--epochs", "1"], "watched / alone: "),
     ],
 )
-def test_the_benchmark_runs(name, options, printed):
-    """The figures themselves are read by people; here it is only kept alive."""
-    command = [sys.executable, "-W", "ignore", str(BENCHMARKS / f"{name}.py"), *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert printed in result.stdout
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_benchmark_runs(name, options, printed, monkeypatch, capsys):
+    """People read the values; this only shows that it works."""
+    file = str(BENCHMARKS / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [file, *options])
+    runpy.run_path(file, run_name="__main__")
+    assert printed in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_objectives_figures_go_to_a_file_and_a_wrong_variant_stops_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["objective.py"])
     objective = runpy.run_path(str(BENCHMARKS / "objective.py"))

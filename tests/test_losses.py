@@ -144,6 +144,7 @@ def test_sinkhorn_takes_its_targets_from_the_batch(factored, training):
     assert loss.half().center is None
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
 def test_two_processes_equal_one_on_the_joined_batch(centering, tmp_path):
     torch.manual_seed(0)
@@ -159,6 +160,7 @@ def test_two_processes_equal_one_on_the_joined_batch(centering, tmp_path):
         torch.testing.assert_close(rank["center"], expected["center"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.distributed
 def test_a_deferred_center_is_the_mean_of_all_that_every_process_saw(tmp_path):
     """DDP gives all processes the first one's buffers before each forward: what is collected must not be one."""
     logits = torch.randn(2, 2, 2, 3, 16)

@@ -223,6 +223,7 @@ def test_the_wheel_of_a_checkout_with_symlinks_is_the_same(wheel, tmp_path):
     assert sources_of(build(tmp_path / "source", tmp_path)) == sources_of(wheel)
 
 
+@pytest.mark.slow
 def test_the_wheel_works_beside_a_users_own_callbacks_and_examples_folders(wheel, tmp_path):
     """From another folder, with the checkout out of reach."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
@@ -247,6 +248,53 @@ def test_the_wheel_works_beside_a_users_own_callbacks_and_examples_folders(wheel
 def test_public_names():
     assert {name for name in dir(dino_head) if name in dino_head.__all__} == set(dino_head.__all__)
     assert len(dino_head.__all__) <= 18  # the budget: 5 modules, 3 metrics, about 10 functions
+
+
+PUBLIC_MODULES = ["", "functional", "metrics", "checkpoints", "callbacks", "callbacks/testing", "vision"]
+
+
+def public_names(module: str) -> set[str]:
+    """Its `__all__`, or the functions and classes that it defines without an underscore."""
+    paths = f"dino_head/{module}/__init__.py".replace("//", "/"), f"dino_head/{module}.py"
+    (source,) = (MODULES[path] for path in paths if path in MODULES)
+    body = ast.parse(source).body
+    for node in body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return {*ast.literal_eval(node.value)}
+    names = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"}
+    assert names, f"dino_head/{module} has no literal __all__"
+    return names
+
+
+def names_in_fast_tests(source: str) -> set[str]:
+    """The names that a module of tests uses, but for imports and for what `make test-fast` deselects."""
+
+    def is_deselected(*nodes: ast.AST) -> bool:
+        return bool(re.search(r"mark\.(slow|distributed|gpu)\b", " ".join(map(ast.unparse, nodes))))
+
+    body = ast.parse(source).body
+    marks = [node for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"]
+    if is_deselected(*marks):
+        return set()
+    kept = [node for node in body if not is_deselected(*getattr(node, "decorator_list", []))]
+    nodes = [node for statement in kept for node in ast.walk(statement)]
+    return {getattr(node, "id", None) or getattr(node, "attr", "") for node in nodes}
+
+
+def test_the_fast_tests_use_every_public_name():
+    files = [file for file in (ROOT / "tests").rglob("test_*.py") if file.parent.name not in {"examples", "cli"}]
+    used = set().union(*(names_in_fast_tests(file.read_text(encoding="utf-8")) for file in files))
+    used |= {*re.findall(r"\w+", " ".join(re.findall(r">>> (.*)", "".join(MODULES.values()))))}  # doctests are fast
+    assert set().union(*map(public_names, PUBLIC_MODULES)) - used == set()
+
+
+@pytest.mark.parametrize(("source", "names"), [
+    ("from dino_head import DINOLoss\ndef test_a():\n    DINOLoss(16)", {"DINOLoss"}),
+    ("from dino_head import DINOLoss\n@pytest.mark.slow\ndef test_a():\n    DINOLoss(16)", set()),
+    ("pytestmark = [pytest.mark.distributed]\ndef test_a():\n    DINOLoss(16)", set()),
+])  # fmt: skip
+def test_a_name_that_no_fast_test_uses_is_found(source, names):
+    assert names_in_fast_tests(source) & {"DINOLoss"} == names
 
 
 def test_pre_commit_runs_the_lint_of_make_test():

@@ -4,7 +4,8 @@ import importlib.util
 import itertools
 import json
 import re
-import subprocess
+import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import dino_head.callbacks
 from dino_head import DINOProjectionHead
 from dino_head.callbacks import TeacherUpdateCallback
 from dino_head.checkpoints import export_head
+from dino_head.examples import fit_digits
 from dino_head.examples.fit_digits import digits, main
 
 ROOT = Path(__file__).parents[1]
@@ -55,12 +57,14 @@ def mine(tmp_path, monkeypatch, capsys):
     return namespace
 
 
+@pytest.mark.slow
 def test_the_module_of_the_start_page_prints_the_receipt_on_it(mine, capsys):
     printed = capsys.readouterr().out.strip().splitlines()[-1]  # after the progress bar
     assert printed.startswith("student.head.last_layer frozen for 4 optimizer steps, bitwise unchanged")
     assert f"It prints `{printed}`." in START.read_text()
 
 
+@pytest.mark.slow
 def test_the_rules_of_the_start_page_print_the_receipts_on_it(mine, capsys):
     capsys.readouterr()
     exec(block("rules = ["), mine)
@@ -68,6 +72,7 @@ def test_the_rules_of_the_start_page_print_the_receipts_on_it(mine, capsys):
     assert "\n".join(printed) in START.read_text()
 
 
+@pytest.mark.slow
 def test_the_module_of_the_readme_prints_its_receipts(capsys):
     torch.manual_seed(0)
     (code,) = blocks(README)
@@ -78,6 +83,7 @@ def test_the_module_of_the_readme_prints_its_receipts(capsys):
     assert watching.split(", last")[0] in page  # the values after it depend on the machine
 
 
+@pytest.mark.slow
 def test_the_last_layer_has_a_learning_rate_of_its_own(mine):
     exec(block("import parameter_groups"), mine)
     rates = {id(p): group["lr"] for group in mine["optimizer"].param_groups for p in group["params"]}
@@ -86,6 +92,7 @@ def test_the_last_layer_has_a_learning_rate_of_its_own(mine):
     assert len(rates) == sum(p.requires_grad for p in mine["student"].parameters()) - 1
 
 
+@pytest.mark.slow
 def test_the_checks_of_the_guarantees_name_batch_norm_and_randomness(mine, capsys):
     exec(block("def make():"), mine | {"TeacherUpdateCallback": TeacherUpdateCallback})
     printed = capsys.readouterr().out
@@ -94,6 +101,7 @@ def test_the_checks_of_the_guarantees_name_batch_norm_and_randomness(mine, capsy
     assert "an uninterrupted run and one resumed at an epoch's end differ at the end" in printed
 
 
+@pytest.mark.slow
 def test_the_watching_callbacks_log_each_value_and_write_a_report(mine, capsys, tmp_path):
     exec(block("watching = ["), mine)
     printed = capsys.readouterr().out
@@ -104,6 +112,7 @@ def test_the_watching_callbacks_log_each_value_and_write_a_report(mine, capsys, 
     assert "a diagnosis needs 10 measurements." in (tmp_path / "runs" / "mine" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_the_metrics_without_lightning(mine, capsys):
     exec(block("watching = ["), mine)
     capsys.readouterr()
@@ -113,16 +122,17 @@ def test_the_metrics_without_lightning(mine, capsys):
     assert accuracy.startswith("tensor(0.")
 
 
-def digits_run():
+@pytest.fixture
+def beside_a_digits_run(tmp_path, monkeypatch):
     """A short run in the default folder, runs/digits."""
+    monkeypatch.chdir(tmp_path)
     main(["--epochs", "1", "--batch-size", "256", "--prototypes", "16"])
 
 
-def test_the_page_of_weights(tmp_path, monkeypatch, capsys):
+@pytest.mark.slow
+def test_the_page_of_weights(beside_a_digits_run, tmp_path, capsys):
     """Every block of it, from the first to the last."""
     page = (ROOT / "docs" / "weights.md").read_text()
-    monkeypatch.chdir(tmp_path)
-    digits_run()
     (tmp_path / "images").mkdir()
     for index, (picture, _) in enumerate(zip(*digits(size=8)[1], strict=True)):
         if index < 5:
@@ -161,11 +171,12 @@ def test_the_page_of_weights(tmp_path, monkeypatch, capsys):
     assert namespace["callbacks"][0].receipt.startswith("student.backbone frozen for 21 optimizer steps")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("page", ALONE, ids=lambda page: page.stem)
 def test_the_blocks_of_a_page_run_from_the_first_to_the_last(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "docs").symlink_to(ROOT / "docs")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
     namespace: dict[str, object] = {"__name__": "page"}
     for code in blocks(page):
         exec(compile(code, page.name, "exec"), namespace)
@@ -244,10 +255,13 @@ def test_the_figures_and_pictures_of_collapses_are_on_their_page():
     assert said["left_behind"]["diagnoses"][0].startswith("teacher does not follow")
 
 
-def test_the_script_of_the_pictures_runs(tmp_path):
-    command = [sys.executable, str(ROOT / "docs" / "collapse.py"), "--epochs", "1", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.mark.slow
+def test_the_script_of_the_pictures_runs(tmp_path, monkeypatch):
+    """On a tenth of the digits."""
+    (train, train_labels), test = digits()
+    monkeypatch.setattr(fit_digits, "digits", lambda: ((train[:140], train_labels[:140]), test))
+    monkeypatch.setattr(sys, "argv", ["collapse.py", "--epochs", "1", "--out", str(tmp_path)])
+    runpy.run_path(str(ROOT / "docs" / "collapse.py"), run_name="__main__")
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
         file.name for file in (ROOT / "docs" / "collapse").iterdir()
     )

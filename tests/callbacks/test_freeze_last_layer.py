@@ -293,6 +293,7 @@ def test_a_second_fit_of_the_same_callback_starts_a_new_record():
         assert "frozen for 8 optimizer steps" in callback.receipt
 
 
+@pytest.mark.distributed
 def test_two_processes_stay_frozen_and_identical(tmp_path):
     torch.manual_seed(0)
     module = Toy()
@@ -544,6 +545,7 @@ def test_deepspeed_is_refused_by_name():
         fit(Toy(), FreezeLastLayerCallback(), strategy=DeepSpeedStrategy())
 
 
+@pytest.mark.distributed
 def test_a_static_graph_under_manual_optimization_is_refused():
     strategy = DDPStrategy(start_method=START_METHOD, process_group_backend="gloo", static_graph=True)
     with pytest.raises(ProcessRaisedException, match="static_graph=True under manual"):

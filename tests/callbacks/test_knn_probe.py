@@ -455,6 +455,7 @@ def test_arguments_out_of_range(options):
         KNNProbeCallback(**options)
 
 
+@pytest.mark.distributed
 def test_two_processes_equal_one(tmp_path):
     one = distributed_fits.watched(tmp_path)
     first, second = run_in_processes(distributed_fits.watched, tmp_path)
@@ -464,5 +465,5 @@ def test_two_processes_equal_one(tmp_path):
         for name in one:
             assert rank[name] == pytest.approx(one[name], rel=1e-3), name
     reports = {file.parent.name for file in tmp_path.glob("*/report.html")}
-    kinds = ["plain", "shares", "unlabelled", *(["sharded"] if distributed_fits.CAN_SHARD else [])]
+    kinds = distributed_fits.REPORTED if distributed_fits.CAN_SHARD else ["plain"]
     assert reports == {f"{kind}-{processes}" for kind in kinds for processes in (1, 2)}

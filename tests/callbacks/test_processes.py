@@ -1,17 +1,23 @@
 """Two processes equal one, their ranks are identical, and killed runs resume: on the example and its factored path."""
 
-import copy
-
 import pytest
 import torch
 from helpers import distributed_fits
 from helpers.processes import run_in_processes
 from torch.multiprocessing import ProcessExitedException
 
+pytestmark = pytest.mark.distributed
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     return run_in_processes(distributed_fits.half_each, tmp_path_factory.mktemp("half-each"))
+
+
+@pytest.fixture(scope="module")
+def one():
+    """The state after training in one process, without and with accumulation, of `two` in two."""
+    return [distributed_fits.fit_rules(distributed_fits.seeded(), accumulate_grad_batches=n)["state"] for n in (1, 2)]
 
 
 needs_shards = pytest.mark.skipif(not distributed_fits.CAN_SHARD, reason="fully_shard of this torch needs a GPU")
@@ -36,17 +42,15 @@ def test_the_ranks_are_identical(two, strategy):
 
 
 @pytest.mark.parametrize("strategy", PLAIN)
-def test_two_processes_with_half_a_batch_equal_one_with_the_whole(two, strategy):
-    start = copy.deepcopy(distributed_fits.seeded().state_dict())
-    one = distributed_fits.fit_rules(distributed_fits.seeded())["state"]
-    torch.testing.assert_close(two[0][strategy]["state"], one, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(start["teacher.head.last_layer.weight_v"], one["teacher.head.last_layer.weight_v"])
+def test_two_processes_with_half_a_batch_equal_one_with_the_whole(two, one, strategy):
+    torch.testing.assert_close(two[0][strategy]["state"], one[0], rtol=1e-4, atol=1e-5)
+    start = distributed_fits.seeded().state_dict()
+    assert not torch.equal(start["teacher.head.last_layer.weight_v"], one[0]["teacher.head.last_layer.weight_v"])
 
 
 @pytest.mark.parametrize("strategy", ACCUMULATED)
-def test_two_processes_under_accumulation_equal_one(two, strategy):
-    one = distributed_fits.fit_rules(distributed_fits.seeded(), accumulate_grad_batches=2)["state"]
-    torch.testing.assert_close(two[0][strategy]["state"], one, rtol=1e-4, atol=1e-5)
+def test_two_processes_under_accumulation_equal_one(two, one, strategy):
+    torch.testing.assert_close(two[0][strategy]["state"], one[1], rtol=1e-4, atol=1e-5)
 
 
 def test_manual_accumulation_in_two_processes_equals_one(tmp_path):

@@ -26,6 +26,7 @@ from dino_head.callbacks.report.curves import rescale_curves
 
 FILES = {"report.html", "overview.png", "neighbours.png"}
 WATCHED = FILES | {"curves.json"}
+pytestmark = pytest.mark.slow  # each run draws
 
 
 def seeded(**options):
@@ -51,6 +52,13 @@ def fit(module, *callbacks, data=None, **options):
     run = trainer(*callbacks, **options)
     run.fit(module, data or view_loader())
     return run
+
+
+@pytest.fixture(autouse=True)
+def few_neighbours(monkeypatch):
+    """Drawing costs most of these tests' time, and each neighbour is a plot of its own."""
+    monkeypatch.setattr(charts, "SHOWN", 2)
+    monkeypatch.setattr(charts, "NEIGHBOURS", 1)
 
 
 class Page(HTMLParser):
@@ -283,8 +291,9 @@ def test_images_without_labels_are_drawn_without_frames(tmp_path):
     assert np.ptp(pixels, axis=-1).max() == 0  # grey
 
 
-def test_frames_tell_right_from_wrong(tmp_path):
+def test_frames_tell_right_from_wrong(tmp_path, monkeypatch):
     """Among the same images, the nearest neighbour of an image is itself."""
+    monkeypatch.setattr(charts, "NEIGHBOURS", 6)
     data = images(12)
     watch = ReportCallback(tmp_path, data, data)
     fit(seeded(), watch)

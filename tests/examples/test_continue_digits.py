@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.scripts import run_script
 from safetensors.torch import load_file, save_file
 
 from dino_head.checkpoints import load_head
@@ -89,8 +90,8 @@ def test_in_the_warm_up_the_head_alone_is_trained(checkpoint, tmp_path):
 
 def test_the_backbone_gives_the_same_features_elsewhere(checkpoint, tmp_path):
     out = tmp_path / "out"
-    command = [sys.executable, str(SCRIPT), "--epochs", "1", "--checkpoint", str(checkpoint), "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True)
+    options, log = ["--epochs", "1", "--checkpoint", str(checkpoint), "--out", str(out)], tmp_path / "log"
+    assert run_script(SCRIPT, options, log) == 0, log.read_text()
     summary = json.loads((out / "summary.json").read_text())
     assert summary.keys() == {
         "knn_top1_before", "knn_top1", "knn_top1_of_the_backbone_written", "fell_below_the_start",

@@ -2,26 +2,30 @@ import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.photos import QUIET
+from helpers.scripts import SendSignal, run_script
+from lightning.pytorch import seed_everything
 from matplotlib import image
 
-from dino_head.examples.fit_digits import digit_views, digits, main, parse
+from dino_head.cli.fit import FitCLI
+from dino_head.examples import fit_digits
+from dino_head.examples.dino_module import DINO
+from dino_head.examples.fit_digits import build, digit_views, digits, main
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "fit_digits.py"
-TINY = ["--epochs", "2", "--batch-size", "256", "--prototypes", "16"]
+SCRIPT = Path(fit_digits.__file__)
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+THREE_EPOCHS = ["--epochs", "3", "--batch-size", "64", "--prototypes", "16", "--trainer.limit_train_batches=4", *QUIET]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "digits"
-    main([*TINY, "--out", str(out)])
+    main([*THREE_EPOCHS, "--out", str(out)])
     return out
 
 
@@ -34,142 +38,90 @@ def test_the_split_is_fixed_and_apart():
     assert not (train.flatten(1)[:, None] == test.flatten(1)[None]).all(dim=2).any()
 
 
-def test_the_run_writes_what_the_readme_says(run):
+def test_the_recipe_trains_the_model_of_build(tmp_path):
+    cli = FitCLI(["--config", "digits", "--out", str(tmp_path / "run")])
+    seed_everything(0, verbose=False)
+    model = build()
+    torch.testing.assert_close(cli.model.state_dict(), model.state_dict(), rtol=0, atol=0)
+    for name in ("learning_rate", "min_learning_rate", "warmup_epochs", "weight_decay", "clip_per_parameter", "seed"):
+        assert getattr(cli.model, name) == getattr(model, name), name
+    assert [cli.model.loss.temperature(epoch) for epoch in (0, 50)] == [0.04, 0.04]
+
+
+def test_the_run_writes_its_files_and_the_comparisons(run):
     summary = json.loads((run / "summary.json").read_text())
-    assert set(summary) == {
-        "knn_top1", "knn_top1_raw_pixels", "knn_top1_untrained", "diagnoses", "seconds", "seed", "freeze", "versions",
-    }  # fmt: skip
+    assert {"knn_top1", "knn_top1_raw_pixels", "knn_top1_untrained", "diagnoses", "seconds", "seed", "versions"} <= {
+        *summary
+    }
     assert summary["knn_top1_raw_pixels"] == pytest.approx(0.985, abs=5e-4)
+    assert 0.5 < summary["knn_top1_untrained"] < 1
     assert 0.5 < summary["knn_top1"] <= 1
-    assert summary["freeze"].startswith("student.head.last_layer frozen for 5 optimizer steps, bitwise unchanged")
+    assert [row["epoch"] for row in summary["knn_history"]] == [0, 2]
+    assert summary["knn_history"][-1]["top1"] == summary["knn_top1"]
+    assert summary["receipts"][0].startswith("student.head.last_layer frozen for 4 optimizer steps, bitwise unchanged")
     assert {file.name for file in run.iterdir()} == {
-        "checkpoints", "metrics", "curves.json", "report.html", "overview.png", "neighbours.png", "settings.json",
+        "checkpoints", "metrics", "curves.json", "report.html", "overview.png", "neighbours.png", "config.yaml",
         "summary.json",
     }  # fmt: skip
     assert image.imread(run / "overview.png").shape[0] > 500
     looks, probes = histories(run)
-    assert [look["step"] for look in looks] == [1]
+    assert [look["step"] for look in looks] == [1, 11]
     assert all(0 <= look["teacher_entropy"] <= math.log(16) for look in looks)
-    assert [(probe["epoch"], round(probe["top1"], 4)) for probe in probes][1:] == [(1, summary["knn_top1"])]
+    assert [(probe["epoch"], round(probe["top1"], 4)) for probe in probes][1:] == [(2, summary["knn_top1"])]
 
 
 def histories(run):
-    """What monitor and probe have seen, from the checkpoint of the last epoch."""
+    """The histories of monitor and probe, from the checkpoint of the last epoch."""
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
     return [saved[name]["history"] for name in ("CollapseMonitorCallback", "KNNProbeCallback")]
 
 
-def test_a_run_is_never_overwritten(run, capsys):
-    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    with pytest.raises(SystemExit):
-        main([*TINY, "--out", str(run)])
-    assert "holds a run already: go on with --resume, or choose another folder" in capsys.readouterr().err
-    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
-
-
-def test_a_folder_left_before_the_first_checkpoint_can_be_started_again(tmp_path):
-    parse([*TINY, "--out", str(tmp_path)])  # writes the settings, as a run does first
-    assert parse(["--out", str(tmp_path)]).epochs == 60
-
-
-def test_a_folder_of_other_things_is_left_alone(tmp_path):
-    (tmp_path / "thesis.txt").write_text("words")
-    with pytest.raises(SystemExit):
-        parse([*TINY, "--out", str(tmp_path)])
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_a_resumed_run_keeps_its_settings(run, capsys):
-    assert parse(["--resume", "--out", str(run)]).prototypes == 16
-    with pytest.raises(SystemExit):
-        parse(["--resume", "--out", str(run), "--epochs", "9"])
-    assert "was started with epochs=2, got 9" in capsys.readouterr().err
-
-
-def test_nothing_to_resume_from(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        parse(["--resume", "--out", str(tmp_path)])
-    assert "no checkpoint to resume from: start the run without --resume" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "option", [["--epochs", "0"], ["--batch-size", "1"], ["--batch-size", "1401"], ["--seed", "-1"]]
-)
-def test_options_out_of_range(option, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        parse([*option, "--out", str(tmp_path / "run")])
-    assert "must be at" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-FOUR = ["--epochs", "4", "--batch-size", "256"]
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    out = tmp_path_factory.mktemp("uninterrupted") / "digits"
-    run_script(out, FOUR)
-    return final_state(out)
-
-
-def run_script(out, options, stop_with=None):
-    """In a process of its own; with a signal as soon as the first epoch's checkpoint is there. Returns its output."""
-    command = [sys.executable, str(SCRIPT), "--out", str(out), *options]
-    log = out.parent / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 180
-        if stop_with is not None:
-            while not (out / "checkpoints" / "last.ckpt").exists():
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            process.send_signal(stop_with)
-        code = process.wait(deadline - time.monotonic())
-    assert (code == 0) is (stop_with is None), log.read_text()
-    return log.read_text()
-
-
 def final_state(out):
-    """What training led to: teacher, student, center, optimizer, learning rate and count of steps."""
+    """The result of training: teacher, student, center, optimizer, learning rate and number of steps."""
     checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["epoch"] == 3
-    names = "state_dict", "optimizer_states", "lr_schedulers", "global_step"
-    return {name: checkpoint[name] for name in names}
+    assert checkpoint["epoch"] == 2
+    return {name: checkpoint[name] for name in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
 
 
-@pytest.mark.parametrize("stop_with", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_was_killed_or_stopped_and_resumed_equals_the_uninterrupted_one_bitwise(
-    stop_with, uninterrupted, tmp_path
-):
-    """With the example's own shuffling and random augmentation; killed somewhere after the first of four epochs."""
+def kill(out):
+    """In a process of its own, in the seventh step."""
+    command = [*THREE_EPOCHS, "--out", str(out)]
+    assert run_script(SCRIPT, command, out.parent / "log", SendSignal(signal.SIGKILL, step=6)) == -signal.SIGKILL
+
+
+def interrupt(out):
+    """Ctrl-C in this process."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.trainer.global_step == 6:
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DINO, "on_train_batch_start", on_train_batch_start, raising=False)
+        with pytest.raises(SystemExit):
+            main([*THREE_EPOCHS, "--out", str(out)])
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves one that ignores Ctrl-C
+    assert torch.load(out / "checkpoints" / "interrupted.ckpt", weights_only=True)["global_step"] == 7
+
+
+@pytest.mark.parametrize("stop", [kill, interrupt])
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_run_bitwise(stop, run, tmp_path):
+    """With the example's own shuffling and random augmentation."""
     out = tmp_path / "digits"
-    log = run_script(out, FOUR, stop_with)
+    stop(out)
     assert not (out / "summary.json").exists()
-    if stop_with == signal.SIGINT:
-        assert f"interrupted.ckpt is written; go on with --resume --out {out}" in log
-        step = torch.load(out / "checkpoints" / "interrupted.ckpt", weights_only=True)["global_step"]
-        assert 5 <= step < 20
-    run_script(out, ["--resume"])
-    torch.testing.assert_close(final_state(out), uninterrupted, rtol=0, atol=0)
-    assert "frozen for 5 optimizer steps" in json.loads((out / "summary.json").read_text())["freeze"]
-    looks, probes = histories(out)
-    assert [(look["epoch"], look["step"]) for look in looks] == [(0, 1), (2, 11)]
-    assert [probe["epoch"] for probe in probes] == [0, 3]
+    main(["--resume", "--out", str(out), *QUIET])
+    torch.testing.assert_close(final_state(out), final_state(run), rtol=0, atol=0)
+    assert "frozen for 4 optimizer steps" in json.loads((out / "summary.json").read_text())["receipts"][0]
+    assert [[row["epoch"] for row in history] for history in histories(out)] == [[0, 2], [0, 2]]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "another file"])
-def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(damage, run, tmp_path, capsys):
-    out = tmp_path / "digits"
-    shutil.copytree(run, out)
-    file = out / "checkpoints" / "last.ckpt"
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"<html>not found</html>")
-    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
-    with pytest.raises(SystemExit):
-        main(["--resume", "--out", str(out)])
-    assert f"{file} is no whole checkpoint (" in capsys.readouterr().err
-    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+def test_a_repeated_command_with_resume_continues_with_its_settings(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "copy")
+    before = (out / "checkpoints" / "last.ckpt").read_bytes()
+    main([*THREE_EPOCHS, "--resume", "--out", str(out)])
+    assert (out / "checkpoints" / "last.ckpt").read_bytes() == before  # the run was complete
 
 
 def test_views_have_their_sizes_and_differ_from_sample_to_sample():

@@ -288,7 +288,7 @@ def test_compiled_without_a_graph_break(factored):
         torch.testing.assert_close(gradients, torch.autograd.grad(reference, leaves), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("factored", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_it_equals_the_cpu_and_never_waits_for_the_device(factored, dtype):
@@ -332,6 +332,7 @@ def test_uniform_sides_cost_ln_k():
 # Sharded.
 
 
+@pytest.mark.distributed
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this torch needs a GPU")
 def test_under_fully_shard_gradients_are_exact(tmp_path):
     results = run_in_processes(distributed_parts.sharded_heads, tmp_path)

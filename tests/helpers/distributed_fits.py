@@ -1,15 +1,14 @@
-"""Runs of a Trainer in two processes. Importable by name, so that started processes find it."""
+"""Runs of a Trainer in several processes. Importable by name, so that started processes find it."""
 
 import json
 import os
 import signal
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
@@ -24,8 +23,9 @@ from dino_head.callbacks import (
     ReportCallback,
     TeacherUpdateCallback,
 )
-from dino_head.cli.fit import main
+from dino_head.cli.fit import fit
 from dino_head.vision.loaders import ResumableLoader
+from helpers.scripts import SendSignal
 from helpers.tiny_dino import TinyDINO, tiny_dino
 from helpers.toy_training import rules, trainer
 
@@ -180,6 +180,9 @@ def samples(count: int, seed: int) -> TensorDataset:
     return TensorDataset(torch.randn(count, 1, 8, 8, generator=generator) + 0.3 * labels[:, None, None, None], labels)
 
 
+REPORTED = {"plain", "sharded"}  # each other costs as much, and would show nothing more
+
+
 def watched(folder: Path) -> dict[str, list[float]]:
     """What monitor and probe see in runs on data to be shared, on shares, on data without labels, and with shards."""
     devices = int(os.environ.get("WORLD_SIZE", 1))
@@ -196,15 +199,17 @@ def watched(folder: Path) -> dict[str, list[float]]:
     for name, probe in probes.items():
         is_sharded = name == "sharded" and devices > 1
         strategy = "auto" if devices == 1 else data_parallel() if is_sharded else ddp()
-        monitor, report = CollapseMonitorCallback(2, patience=1000), ReportCallback(folder / f"{name}-{devices}")
+        watching = [CollapseMonitorCallback(2, patience=1000), probe]
+        if name in REPORTED:
+            watching.append(ReportCallback(folder / f"{name}-{devices}"))
         with warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always")
-            run = trainer(*rules(), monitor, probe, report, devices=devices, strategy=strategy, max_epochs=2)
+            run = trainer(*rules(), *watching, devices=devices, strategy=strategy, max_epochs=2)
             run.fit(sharded() if is_sharded else seeded(), halves())
         result[f"{name} top1"] = [row["top1"] for row in probe.history]
         result[f"{name} warnings"] = [float(sum("labels are missing" in str(w.message) for w in given))]
         for value in ("loss", "teacher_entropy", "kl", "rankme", "prototypes_used", "prototype_perplexity"):
-            result[f"{name} {value}"] = [look[value] for look in monitor.history]
+            result[f"{name} {value}"] = [look[value] for look in watching[0].history]
     return result
 
 
@@ -215,17 +220,6 @@ class Shuffled(LightningDataModule):
 
 def random_views(images: torch.Tensor) -> list[torch.Tensor]:
     return [images + 0.1 * torch.randn_like(images) for _ in range(3)]
-
-
-class Kill(Callback):
-    """kill -9 of this process, in the middle of a step."""
-
-    def __init__(self, at_step: int, rank: int):
-        self.at_step, self.rank = at_step, rank
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step == self.at_step and trainer.global_rank == self.rank:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def random_run(folder: Path, *callbacks: Callback, ckpt_path: Path | None = None) -> dict[str, Any]:
@@ -253,7 +247,7 @@ def uninterrupted(folder: Path) -> dict[str, Any]:
 
 def killed(folder: Path) -> None:
     """In the second of two epochs of 12 steps."""
-    random_run(folder, Kill(at_step=17, rank=int(os.environ.get("WORLD_SIZE", 1)) - 1))
+    random_run(folder, SendSignal(signal.SIGKILL, step=17, rank=int(os.environ.get("WORLD_SIZE", 1)) - 1))
 
 
 def resumed(folder: Path) -> dict[str, Any]:
@@ -261,9 +255,7 @@ def resumed(folder: Path) -> dict[str, Any]:
 
 
 def run_recipe(folder: Path) -> dict[str, Any]:
-    """A recipe with the options in `options.json`, by LightningCLI as it is called from a shell."""
+    """A run by the command in `command.json`."""
     warnings.filterwarnings("ignore")
-    sys.argv = json.loads((folder / "options.json").read_text())
-    cli = main()
-    receipts = [callback.receipt for callback in cli.trainer.callbacks if hasattr(callback, "receipt")]
-    return {"receipts": receipts, "state": state(cli.model), "steps": cli.trainer.global_step}
+    cli = fit(json.loads((folder / "command.json").read_text()))
+    return {"receipts": cli.results["receipts"], "state": state(cli.model), "steps": cli.trainer.global_step}

@@ -38,6 +38,7 @@ def _start(rank: int, work: Callable[[Path], Any], folder: Path, processes: int,
     world = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update({name: str(value) for name, value in {**world, **meeting}.items()})
+    multiprocessing.set_start_method(None, force=True)  # else loaders' workers would start as this process did
     torch.set_num_threads(1)
     torch.save(work(folder), folder / f"result{rank}.pt")
     if dist.is_initialized():

@@ -368,6 +368,7 @@ def test_samples_that_do_not_fit(change, message):
 # All of them
 
 
+@pytest.mark.distributed
 def test_two_processes_equal_one(tmp_path):
     teacher, student = sides(samples=9)
     torch.save((teacher, student, clusters(), clusters(61, seed=1)), tmp_path / "input.pt")

@@ -101,6 +101,7 @@ def data(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packages", USES, ids=lambda packages: "-".join(packages) or "torch")
 def test_names_work_with_the_packages_that_they_need_and_no_others(packages, data, tmp_path):
     begin = f"from pathlib import Path; from types import SimpleNamespace; import torch; folder = Path({str(data)!r})"

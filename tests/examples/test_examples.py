@@ -1,0 +1,89 @@
+"""The examples as files to be read, run and copied."""
+
+import ast
+import io
+import shutil
+import subprocess
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = sorted(EXAMPLES.glob("*.py"))
+LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+
+def lines_of_code(text):
+    """Number of lines without docstrings, comments and blank lines."""
+    documentation = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            documentation |= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    code = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in LAYOUT:
+            code |= {*range(token.start[0], token.end[0] + 1)}
+    return len(code - documentation)
+
+
+def test_lines_of_code_are_counted():
+    assert (
+        lines_of_code('"""A\ntext."""\n\n# comment\nx = (\n    1\n)\n\n\ndef f():\n    """One."""\n    return x\n') == 5
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_an_example_is_short(script):
+    assert lines_of_code(script.read_text()) <= (80 if script.stem == "dino_module" else 150)
+
+
+COPY = """
+import sys
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+from dino_head import DINOLoss, DINOProjectionHead
+from my_method import DINO
+
+backbone = nn.Sequential(nn.Flatten(), nn.Linear(64, 8))
+head = DINOProjectionHead(8, 8, 4, 16, batch_norm=False)
+module = DINO(backbone, head, DINOLoss(16), lambda images: [images, images.flip(2), images.flip(3)])
+before = backbone[1].weight.clone()
+options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+Trainer(max_steps=2, **options).fit(module, torch.utils.data.DataLoader(torch.randn(8, 1, 8, 8), batch_size=4))
+assert not torch.equal(backbone[1].weight, before)
+assert DINO.__module__ == "my_method"
+heavy = ("dino_head.examples", "dino_head.vision", "dino_head.cli", "dino_head.callbacks", "kornia", "transformers")
+print("loaded:", *[name for name in heavy if name in sys.modules])
+"""
+
+
+def test_a_copy_of_the_module_trains_in_an_empty_folder(tmp_path):
+    """With dino_head, lightning and torch alone."""
+    shutil.copy(EXAMPLES / "dino_module.py", tmp_path / "my_method.py")
+    (tmp_path / "mine.py").write_text(COPY)
+    done = subprocess.run([sys.executable, "-W", "ignore", "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == "loaded:"
+    imported = set()
+    for node in ast.walk(ast.parse((tmp_path / "my_method.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module)
+    packages = {name.split(".")[0] for name in imported} - {*sys.stdlib_module_names}
+    assert packages == {"dino_head", "lightning", "torch"}
+    assert not [name for name in imported if name.startswith("dino_head.")]
+
+
+@pytest.mark.parametrize("way", ["file", "module"])
+def test_a_script_runs_from_any_folder(way, tmp_path):
+    words = [str(EXAMPLES / "fit_images.py")] if way == "file" else ["-m", "dino_head.examples.fit_images"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *words, "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "--config NAME_OR_FILE" in done.stdout
+    assert [*tmp_path.iterdir()] == []
