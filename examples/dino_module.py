@@ -1,7 +1,7 @@
-"""DINO as a LightningModule, to be read as the method (Caron et al. 2021, arXiv:2104.14294, algorithm 1).
+"""DINO as a LightningModule: the method on one screen (Caron et al. 2021, arXiv:2104.14294, algorithm 1).
 
-What DINO does around the step are callbacks: `FreezeLastLayerCallback` and `TeacherUpdateCallback` belong in the
-Trainer, and `ScheduleCallback("weight_decay", (0.04, 0.4))` if weight decay is to grow.
+Callbacks do the rest: add `FreezeLastLayerCallback` and `TeacherUpdateCallback` to the Trainer, and
+`ScheduleCallback("weight_decay", (0.04, 0.4))` for the published increase of weight decay.
 
 Sizes: B samples, V views of which the first T are global, D features, K prototypes.
 """
@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from dino_head import (
     DINOLoss,
@@ -29,22 +28,22 @@ from dino_head import (
 
 
 class DINO(LightningModule):
-    """A student learns to predict, from any view of an image, what its own slow average says of the global views.
+    """A student learns to predict, from each view of an image, its moving average's output for the global views.
 
     Args:
-        backbone: The network, which maps images (B, C, H, W) of each view's size to features (B, D).
-        head: The projection head, which scores features (..., D) by K prototypes.
-        loss: The objective, for the same number of prototypes as the head has.
-        augment: The augmentation, images (B, C, H, W) -> V views, which runs on the device, in training only.
-        global_views: The number T of views that the teacher sees, which are the first ones.
-        learning_rate: The learning rate at the end of the warm-up, from where it falls along a cosine.
+        backbone: The network, images (B, C, H, W) of each view's size -> features (B, D).
+        head: The projection head, features (..., D) -> logits of K prototypes.
+        loss: The objective, for as many prototypes as the head has.
+        augment: The augmentation, images (B, C, H, W) -> V views; it runs on the device, in training only.
+        global_views: The number T of global views; they are the first views, and the teacher sees no others.
+        learning_rate: The learning rate after the warm-up, from which it falls along a cosine.
         min_learning_rate: The learning rate at the end of the run.
         warmup_epochs: The number of epochs in which the learning rate rises linearly.
         weight_decay: The weight decay of matrices; biases, norms and scales have none.
-        clip_per_parameter: The largest norm of each parameter's gradient, as the authors clip (3.0); without it, the
-            Trainer's gradient_clip_val alone clips.
-        seed: The seed of augmentation and dropout, which follow from it, the process, the epoch and the batch, so that
-            a resumed run is the same run.
+        clip_per_parameter: The maximum norm of each parameter's gradient, 3.0 for the authors; by default, only the
+            Trainer's gradient_clip_val clips.
+        seed: The seed of augmentation and dropout. With process, epoch and batch it determines all random draws, so
+            that a resumed run equals an uninterrupted one.
     """
 
     def __init__(
@@ -67,8 +66,7 @@ class DINO(LightningModule):
         self.loss = loss
         self.augment = augment
         self.global_views = global_views
-        self.learning_rate = learning_rate
-        self.min_learning_rate = min_learning_rate
+        self.learning_rate, self.min_learning_rate = learning_rate, min_learning_rate
         self.warmup_epochs = warmup_epochs
         self.weight_decay = weight_decay
         self.clip_per_parameter = clip_per_parameter
@@ -80,13 +78,13 @@ class DINO(LightningModule):
         return images
 
     def views(self, batch: Any, batch_idx: int) -> list[Tensor]:
-        """A batch -> V views (B, C, H', W'), the global ones first; where the run stands fixes what is random."""
+        """A batch -> V views (B, C, H', W'), the global ones first; seed, process, epoch and batch fix the draws."""
         torch.manual_seed(derived_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
         with torch.autocast(self.device.type, enabled=False):
             return self.augment(self.images(batch))
 
     def outputs(self, side: nn.ModuleDict, views: list[Tensor]) -> FactoredLogits:
-        """Views (B, C, H, W) -> z (V, B, bottleneck) and prototypes (K, bottleneck): logits are never in memory."""
+        """Views (B, C, H, W) -> z (V, B, bottleneck) and prototypes (K, bottleneck), in place of logits."""
         features = multicrop_forward(side["backbone"], views)  # (V, B, D)
         factored: FactoredLogits = side["head"].factored_logits(features)  # type: ignore[operator]
         return factored
@@ -102,28 +100,29 @@ class DINO(LightningModule):
         return loss
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of the teacher, the better of the two: (B, C, H, W) -> (B, D)."""
+        """Features of the teacher, which are better than the student's: (B, C, H, W) -> (B, D)."""
         features: Tensor = self.teacher["backbone"](images)
         return features
 
-    def configure_gradient_clipping(self, optimizer: Optimizer, *args: Any, **options: Any) -> None:
-        """Clip each parameter's gradient by itself, then as the Trainer says (gradient_clip_val)."""
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **options: Any) -> None:
+        """Clip the gradient of each parameter, then all of them by the Trainer's gradient_clip_val."""
         if self.clip_per_parameter is not None:
             for parameter in self.student.parameters():
                 nn.utils.clip_grad_norm_(parameter, self.clip_per_parameter)
         self.clip_gradients(optimizer, *args, **options)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with weight decay on matrices only; warm-up, then a cosine, by optimizer steps."""
+        """AdamW with weight decay on matrices only; a warm-up, then a cosine, by optimizer steps."""
         optimizer = torch.optim.AdamW(parameter_groups(self.student, self.weight_decay), lr=self.learning_rate)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def rate(self, step: int) -> float:
-        """The share of the learning rate at an optimizer step."""
-        if step == 0:  # asked before there are data: to count them now would hide them from a checkpoint's loader
+        """The factor of the learning rate at an optimizer step."""
+        if step == 0:  # called before the data are loaded: counting them now would break resuming their loader
             return float(self.warmup_epochs == 0)
-        run = self.trainer
-        warmup = self.warmup_epochs * math.ceil(run.num_training_batches / run.accumulate_grad_batches)
+        warmup = self.warmup_epochs * math.ceil(
+            self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        )
         end = self.min_learning_rate / self.learning_rate
-        return cosine_schedule(step, 1.0, end, int(run.estimated_stepping_batches), warmup_steps=warmup)
+        return cosine_schedule(step, 1.0, end, int(self.trainer.estimated_stepping_batches), warmup_steps=warmup)

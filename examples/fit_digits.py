@@ -1,25 +1,22 @@
 """DINO on real images in a few minutes on a CPU: scikit-learn's handwritten digits (1,797 grey images of 8 x 8).
 
     python examples/fit_digits.py                 # writes to runs/digits
-    python examples/fit_digits.py --resume        # goes on after Ctrl-C or a crash, as if nothing had happened
+    python examples/fit_digits.py --resume        # resumes the run after Ctrl-C or a crash, bitwise
 
-No label is used in training; the labels of 1,400 images vote on the 397 held-out ones (kNN) to show what was learnt.
+The run is that of `dino-head fit --config digits`, with all of its flags; the script adds comparisons to summary.json.
+Training uses no label: the labels of 1,400 images vote on the 397 held-out ones (kNN) to measure the features.
 """
 
-import argparse
 import json
 import math
 import platform
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import kornia.augmentation as K
 import lightning
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch import LightningDataModule, seed_everything
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -28,14 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dino_head
 from dino_head import DINOLoss, DINOProjectionHead
-from dino_head.callbacks import (
-    CollapseMonitorCallback,
-    FreezeLastLayerCallback,
-    KNNProbeCallback,
-    ReportCallback,
-    TeacherUpdateCallback,
-)
-from dino_head.cli.run_folder import StopAtBatchEnd, WholeCheckpoints, checkpoints, parse_run
+from dino_head.cli.fit import fit, with_recipe
 from dino_head.examples.dino_module import DINO
 from dino_head.metrics import KNNAccuracy
 from dino_head.vision.augment import MultiCrop
@@ -111,7 +101,12 @@ def conv_net() -> nn.Sequential:
 
 
 def build(output_dim: int = 512, seed: int = 0) -> DINO:
-    """The model: 128 features, a head of width 256 with a bottleneck of 64, K = output_dim prototypes."""
+    """The model of the recipe `digits`, in Python.
+
+    Args:
+        output_dim: The number K of prototypes.
+        seed: The seed of augmentation.
+    """
     return DINO(
         conv_net(),
         DINOProjectionHead(128, 256, 64, output_dim, freeze_last_layer=1),
@@ -124,22 +119,9 @@ def build(output_dim: int = 512, seed: int = 0) -> DINO:
     )
 
 
-def parse(arguments: Sequence[str] | None = None) -> Any:
-    """The options; a resumed run takes up those that it was started with."""
-    parser = argparse.ArgumentParser(description="Train DINO on scikit-learn's digits, without labels.")
-    parser.add_argument("--out", type=Path, default=Path("runs/digits"), help="folder of the run (%(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its own settings")
-    parser.add_argument("--epochs", type=int, default=60, help="passes over the 1,400 images (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images in a step (%(default)s)")
-    parser.add_argument("--prototypes", type=int, default=512, help="width of the head's output (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (%(default)s)")
-    limits = {"epochs": (1, math.inf), "batch_size": (2, 1400), "prototypes": (2, math.inf), "seed": (0, math.inf)}
-    return parse_run(parser, limits, arguments)
-
-
 @torch.no_grad()
 def knn_top1(features: Callable[[Tensor], Tensor], size: int = 16) -> float:
-    """Accuracy of the labels that the ten nearest of 1,400 training images vote for the held-out ones."""
+    """The kNN accuracy on the held-out images, where each one's ten nearest training images vote."""
     (train, labels), (test, test_labels) = digits(size)
     accuracy = KNNAccuracy(features(train), labels, k=10)
     accuracy.update(features(test), test_labels)
@@ -147,40 +129,13 @@ def knn_top1(features: Callable[[Tensor], Tensor], size: int = 16) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, and write summary and report."""
-    args = parse(arguments)
-    seed_everything(args.seed, workers=True, verbose=False)
-    model, data = build(args.prototypes, args.seed), Digits(args.batch_size, args.seed)
-    untrained = knn_top1(model.eval())
-    freeze, timer = FreezeLastLayerCallback(), Timer()
-    monitor, probe = CollapseMonitorCallback(every_n_steps=10), KNNProbeCallback(k=10, every_n_epochs=5)
-    trainer = Trainer(
-        max_epochs=args.epochs,
-        gradient_clip_val=3.0,
-        callbacks=[
-            freeze,
-            TeacherUpdateCallback(base_momentum=0.98),
-            monitor,
-            probe,
-            ReportCallback(args.out),
-            timer,
-            ModelCheckpoint(args.out / "checkpoints", filename="last", enable_version_counter=False),
-            StopAtBatchEnd(args.out / "checkpoints" / "interrupted.ckpt"),
-        ],
-        plugins=[WholeCheckpoints()],
-        logger=CSVLogger(args.out, name="metrics"),
-        log_every_n_steps=1,
-    )
-    trainer.fit(model.train(), data, ckpt_path=checkpoints(args.out)[-1] if args.resume else None)
-
+    """Fit the recipe, and add comparisons to the summary."""
+    cli = fit(with_recipe("digits", arguments))
+    seed_everything(cli.config.seed_everything, verbose=False)
     summary = {
-        "knn_top1": round(probe.history[-1]["top1"], 4),
         "knn_top1_raw_pixels": knn_top1(lambda images: images.flatten(1), size=8),
-        "knn_top1_untrained": untrained,
-        "diagnoses": monitor.diagnoses,
-        "seconds": round(timer.time_elapsed("train"), 1),
-        "seed": args.seed,
-        "freeze": freeze.receipt,
+        "knn_top1_untrained": knn_top1(build().eval()),
+        "seed": cli.config.seed_everything,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -188,7 +143,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "dino_head": dino_head.__version__,
         },
     }
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=2))
+    file = cli.out / "summary.json"
+    summary = {"knn_top1": round(cli.results["knn_history"][-1]["top1"], 4), **summary, **cli.results}
+    file.write_text(json.dumps(summary, indent=2), encoding="utf-8")
     print(json.dumps(summary, indent=2))
 
 

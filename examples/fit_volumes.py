@@ -2,38 +2,26 @@
 
     python examples/fit_volumes.py                       # balls, boxes, tubes and shells that the script generates
     python examples/fit_volumes.py --data scans          # a folder of NIfTI files (.nii, .nii.gz)
-    python examples/fit_volumes.py --resume              # continues after Ctrl-C or a crash
+    python examples/fit_volumes.py --resume              # resumes the run after Ctrl-C or a crash
 
+The script is `dino-head fit --config volumes`, with all of its flags, but generates volumes if there is no --data.
 Training uses no labels. The kNN accuracy of the generated volumes uses their kinds as labels.
 
 Sizes: B samples, C channels, D, H and W voxels.
 """
 
 import argparse
-import json
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dino_head import DINOLoss, DINOProjectionHead
-from dino_head.callbacks import (
-    CollapseMonitorCallback,
-    FreezeLastLayerCallback,
-    KNNProbeCallback,
-    TeacherUpdateCallback,
-)
-from dino_head.cli.run_folder import StopAtBatchEnd, WholeCheckpoints, check_same_data, checkpoints, parse_run
-from dino_head.examples.dino_module import DINO
-from dino_head.vision import ResumableLoader, VolumeData, check_backbone
-from dino_head.vision.volume_views import VolumeViews
+from dino_head.cli.fit import main as fit
+from dino_head.cli.fit import with_recipe
+from dino_head.vision import ResumableLoader
 
 SIZE = 24  # voxels of a volume along each axis
 
@@ -87,74 +75,20 @@ class MadeVolumes(LightningDataModule):
 
 def dense_net(width: int = 16) -> nn.Sequential:
     """A small DenseNet of MONAI: volumes (B, 1, D, H, W) of at least 12 voxels a side -> features (B, 3 * width)."""
-    from monai.networks.nets import DenseNet  # after VolumeViews, whose import names the extra to install
+    from monai.networks.nets import DenseNet
 
     features = DenseNet(3, 1, 1, init_features=width, growth_rate=width // 2, block_config=(2, 4)).features
     return nn.Sequential(features, nn.AdaptiveAvgPool3d(1), nn.Flatten())
 
 
-def build(prototypes: int = 512, seed: int = 0) -> DINO:
-    """The LightningModule."""
-    width = dense_net()(torch.zeros(2, 1, 12, 12, 12)).shape[1]
-    return DINO(
-        dense_net(),
-        DINOProjectionHead(width, 256, 64, prototypes, freeze_last_layer=1),
-        DINOLoss(prototypes, warmup_teacher_temp_epochs=0, teacher_temp=0.04),
-        VolumeViews(),
-        learning_rate=2e-3,
-        warmup_epochs=2,
-        seed=seed,
-    )
+def generate_without_data(flags: argparse.Namespace) -> list[str]:
+    """The data of a command without --data: generated volumes."""
+    return [] if flags.data else ["--data.class_path=dino_head.examples.fit_volumes.MadeVolumes"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train, and write the summary."""
-    parser = argparse.ArgumentParser(description="Train DINO on volumes, without labels.")
-    parser.add_argument("--data", help="folder of NIfTI files (default: volumes that the script generates)")
-    parser.add_argument("--out", type=Path, default=Path("runs/volumes"), help="folder of the run (%(default)s)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out with its own settings")
-    parser.add_argument("--epochs", type=int, default=15, help="passes over the volumes (%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="volumes in a batch (%(default)s)")
-    parser.add_argument("--prototypes", type=int, default=512, help="width of the head's output (%(default)s)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read files (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights, order and augmentation (%(default)s)")
-    least = {"epochs": 1, "batch_size": 2, "prototypes": 2, "workers": 0, "seed": 0}
-    args = parse_run(parser, {name: (limit, math.inf) for name, limit in least.items()}, arguments)
-    seed_everything(args.seed, workers=True, verbose=False)
-    model = build(args.prototypes, args.seed)
-    data: MadeVolumes | VolumeData
-    if args.data is None:
-        data = MadeVolumes(args.batch_size, args.seed)
-    else:
-        data = VolumeData(args.data, args.batch_size, args.workers, SIZE, args.seed)
-    check_same_data(args.out, data.description, args.resume)
-    with torch.random.fork_rng():
-        views = model.augment(torch.zeros(2, 1, SIZE, SIZE, SIZE))
-    check_backbone(model.student["backbone"], model.student["head"], views)  # type: ignore[arg-type]
-    probe = [KNNProbeCallback(every_n_epochs=5)] if data.has_classes else []
-    trainer = Trainer(
-        max_epochs=args.epochs,
-        gradient_clip_val=3.0,
-        callbacks=[
-            FreezeLastLayerCallback(),
-            TeacherUpdateCallback(base_momentum=0.98),
-            CollapseMonitorCallback(every_n_steps=5),
-            *probe,
-            ModelCheckpoint(args.out / "checkpoints", filename="{epoch}"),
-            StopAtBatchEnd(args.out / "checkpoints" / "interrupted.ckpt"),
-        ],
-        plugins=[WholeCheckpoints()],
-        logger=CSVLogger(args.out, name="metrics"),
-        default_root_dir=args.out,  # where bad_files.txt is written
-        log_every_n_steps=1,
-    )
-    trainer.fit(model, data, ckpt_path=checkpoints(args.out)[-1] if args.resume else None)
-    summary = {
-        "epochs": trainer.current_epoch,
-        "knn_top1": [round(entry["top1"], 4) for p in probe for entry in p.history],
-    }
-    (args.out / "summary.json").write_text(json.dumps(summary, indent=2))
-    print(json.dumps(summary, indent=2))
+    """Fit the recipe."""
+    fit(with_recipe("volumes", arguments, generate_without_data))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import workers
+from helpers import distributed_parts
+from helpers.processes import run_in_processes
 
 from dino_head import DINOLoss, FactoredLogits
 
@@ -148,8 +149,8 @@ def test_two_processes_equal_one_on_the_joined_batch(centering, tmp_path):
     torch.manual_seed(0)
     teacher, student = torch.randn(2, 6, 16), torch.randn(4, 6, 16)
     torch.save((centering, teacher, student), tmp_path / "input.pt")
-    expected = workers.objective(DINOLoss(16, centering=centering), teacher, student)
-    first, second = workers.run(workers.objective_of_my_samples, tmp_path)
+    expected = distributed_parts.objective(DINOLoss(16, centering=centering), teacher, student)
+    first, second = run_in_processes(distributed_parts.objective_of_my_samples, tmp_path)
     joined = (2 * first["loss"] + 4 * second["loss"]) / 6
     torch.testing.assert_close(joined, expected["loss"], rtol=1e-5, atol=0)
     gradient = torch.cat([first["gradient"] * 2 / 6, second["gradient"] * 4 / 6], dim=1)
@@ -162,7 +163,7 @@ def test_a_deferred_center_is_the_mean_of_all_that_every_process_saw(tmp_path):
     """DDP gives all processes the first one's buffers before each forward: what is collected must not be one."""
     logits = torch.randn(2, 2, 2, 3, 16)
     torch.save(logits, tmp_path / "logits.pt")
-    for center in workers.run(workers.deferred_center, tmp_path):
+    for center in run_in_processes(distributed_parts.deferred_center, tmp_path):
         torch.testing.assert_close(center.flatten(), 0.1 * logits.mean(dim=(0, 1, 2, 3)), rtol=1e-5, atol=1e-6)
 
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dino_head._arguments import check_integer
+from dino_head._extras import packages_of_extras
 from dino_head.callbacks._after_step import find_submodule
 from dino_head.callbacks._features import Loaders, as_text, evaluation, is_sharded, labelled_loaders
 from dino_head.callbacks.collapse_monitor import CollapseMonitorCallback
@@ -219,10 +220,8 @@ class ReportCallback(Callback):
 
 def _charts() -> Any:
     """The module that needs matplotlib, imported when it is used."""
-    try:
+    with packages_of_extras("ReportCallback"):
         from dino_head.callbacks.report import charts
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"ReportCallback draws with matplotlib: pip install matplotlib ({error})") from error
     return charts
 
 

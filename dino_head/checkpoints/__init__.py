@@ -1,12 +1,11 @@
 """Weights in and out: the heads of the DINO authors, of the libraries around them and of Lightning runs.
 
-python -m dino_head.checkpoints FILE      # the heads of a file, and how load_head maps each key
+dino-head inspect FILE      # the heads of a file, and how load_head maps each key
 """
 
-import argparse
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from dino_head.checkpoints._convert import check_finite, check_whole, fit_head, with_last_layer
 from dino_head.checkpoints._files import read
 from dino_head.checkpoints._layouts import LAYOUTS, find_heads, listed, parse, select
-from dino_head.checkpoints._report import describe, head_lines, other_lines
+from dino_head.checkpoints._report import head_lines, other_lines
 from dino_head.head import DINOProjectionHead
 
 __all__ = ["export_head", "load_head"]
@@ -136,26 +135,6 @@ def export_head(
     return exported
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Show the heads of a file."""
-    parser = argparse.ArgumentParser(
-        prog="python -m dino_head.checkpoints",
-        description="Shows which DINO heads a checkpoint holds and how load_head maps each key. Changes nothing.",
-    )
-    parser.add_argument("file", help="file of torch.save, safetensors, or the index.json of sharded safetensors")
-    try:
-        report, is_loadable = describe(parser.parse_args(arguments).file)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from None
-    print(report)
-    if not is_loadable:
-        raise SystemExit(1)
-
-
 def _check_head(head: object) -> None:
     if not isinstance(head, DINOProjectionHead):
         raise ValueError(f"expected a DINOProjectionHead, got a {type(head).__name__}: pass the head inside it")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dino_head._extras import packages_of_extras
+
 # Files without weights that downloads and conversions leave, by their first bytes.
 NO_WEIGHTS = {
     b"<": "a web page: the address needs a login, or is not the address of the file itself",
@@ -127,10 +129,8 @@ def _about_pickle(file: Path, is_zip: bool, error: Exception) -> str:
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
+    with packages_of_extras(f"reading {file}"):
         from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise ImportError(f"{file} needs the package safetensors: pip install safetensors") from None
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)

@@ -1,1 +1,36 @@
-"""The command line."""
+"""The command line: `dino-head fit` trains, `dino-head inspect` shows what a checkpoint holds."""
+
+import sys
+from collections.abc import Sequence
+
+HELP = """\
+usage: dino-head COMMAND ...
+
+  dino-head fit --config digits                     train on handwritten digits, in a few minutes on a CPU
+  dino-head fit --config images --data FOLDER       train a vision transformer on a folder of images
+  dino-head inspect FILE                            show the DINO heads that a checkpoint holds
+
+`dino-head fit --help` lists the recipes and the flags.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        arguments: The words after `dino-head`; by default, the words of the command line.
+    """
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command == "fit":
+        from dino_head.cli.fit import main as fit
+
+        fit(rest)
+    elif command == "inspect":
+        from dino_head.cli.inspect import inspect
+
+        inspect(rest)
+    elif command in ("-h", "--help"):
+        print(HELP, end="")
+    else:
+        sys.stderr.write(f"dino-head: error: unknown command {command!r}: use fit or inspect\n")
+        raise SystemExit(2)

@@ -1,36 +1,215 @@
-"""Any of the recipes from its YAML file, with Lightning's own command line.
+"""`dino-head fit`: LightningCLI with recipes, short flags and a folder for everything that a run writes."""
 
-python examples/cli.py fit --config examples/recipes/digits.yaml
-python examples/cli.py fit --config examples/recipes/vits16_1gpu.yaml --data.data photos --trainer.max_epochs 50
-python examples/cli.py fit --help
-"""
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import LightningCLI
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from dino_head.examples.dino_module import DINO
+from dino_head.callbacks import CollapseMonitorCallback, KNNProbeCallback, ReportCallback
+from dino_head.cli.flags import Command, config_file, rewritten
+from dino_head.cli.run_callbacks import CheckBackbone, CheckpointOnInterrupt, how_to_resume
+from dino_head.cli.run_folder import AtomicCheckpointIO, check_same_data, open_run
+from dino_head.vision.data_wait import DataWait
 
-DESCRIPTION = (
-    "Trains DINO as a YAML file says (fit --config FILE): model, data, Trainer and callbacks. Any value can be given "
-    "here as well, after the file. The model is a dino_module.DINO, which has its own optimizer and no validation; its "
-    "backbone may be a backbones.vit and its augmentation an augment.dino_views. The data are an image_data.ImageData "
-    "or StreamData, a fit_volumes.Volumes or a fit_digits.Digits. --model.help dino_module.DINO and "
-    "--data.help image_data.ImageData list their options."
-)
-
-
-def main() -> LightningCLI:
-    """Everything is in the file."""
-    return LightningCLI(
-        DINO,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_callback=None,  # the file is kept by whoever wrote it
-        parser_kwargs={"description": DESCRIPTION, "fit": {"description": DESCRIPTION}},
-    )
+Kind = TypeVar("Kind", bound=Callback)
 
 
-if __name__ == "__main__":
-    main()
+class FitCLI(LightningCLI):
+    """Model, data and Trainer of a run, built from its command.
+
+    Args:
+        arguments: The words after `dino-head fit`.
+
+    Attributes:
+        out: The folder of the run.
+        checkpoint: The checkpoint to resume from, or None for a run that starts.
+        results: The contents of summary.json, after the run.
+    """
+
+    out: Path
+    checkpoint: Path | None
+    results: dict[str, Any]
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.command = Command()
+        self.flags, self.paths = self.command.parse_known_args(arguments)
+        if self.flags.config:
+            self.file = config_file(self.command, self.flags.config)
+        elif not self.flags.resume:
+            self.command.error("argument --config: required, the name of a recipe or a file (see --help)")
+        elif not self.flags.out:
+            self.command.error("argument --resume: needs --out DIR, the folder of the run, or the --config of the run")
+        else:
+            self.file = Path(self.flags.out) / "config.yaml"
+            if not self.file.is_file():
+                self.command.error(f"argument --resume: {self.flags.out} holds no run: start it with --config")
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,  # open_run keeps the configuration
+            parser_kwargs={"exit_on_error": False},
+            run=False,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse the file, the short flags and the full paths, the later ones over the earlier ones."""
+        flags = rewritten(self.flags)
+        file = f"--config={self.file}"
+        try:
+            self.config = parser.parse_args([file, *_configs(flags.values()), *self.paths])
+        except (argparse.ArgumentError, ValueError, TypeError) as error:
+            self._refuse(parser, file, flags, error)
+        if self.config.trainer.default_root_dir is None:
+            self.config.trainer.default_root_dir = str(Path("runs") / self.file.stem)
+        self.out = Path(self.config.trainer.default_root_dir)
+
+    def _refuse(self, parser: LightningArgumentParser, file: str, flags: dict[str, str], error: Exception) -> NoReturn:
+        """Exit with an error that names the first flag at which parsing fails."""
+        names = [f"--config {self.file}", *flags]
+        for count, name in enumerate(names):
+            try:
+                parser.parse_args([file, *_configs(list(flags.values())[:count])])
+            except (argparse.ArgumentError, ValueError, TypeError) as of_flag:
+                if not _needs_data(of_flag):
+                    self.command.error(f"argument {name}: {_reason(of_flag)}")
+        if _needs_data(error):
+            self.command.error("argument --data: required, a folder or the name of a data set on the Hub")
+        self.command.error(_reason(error))
+
+    def before_instantiate_classes(self) -> None:
+        """Prepare the folder of the run."""
+        config = self.parser.dump(self.config, skip_none=False)
+        try:
+            self.checkpoint = open_run(self.out, config, self.flags.resume)
+        except ValueError as error:
+            self.command.error(str(error))
+
+    def instantiate_classes(self) -> None:
+        """Build everything; a value that a class refuses is an error of one line."""
+        try:
+            super().instantiate_classes()
+            if (description := getattr(self.datamodule, "description", None)) is not None:
+                check_same_data(self.out, description, resume=self.checkpoint is not None)
+        except (ValueError, MisconfigurationException) as error:
+            self.command.error(_reason(error))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the Trainer, which writes to the folder of the run alone."""
+        settings = self.config_init["trainer"]
+        given = settings["callbacks"] or []
+        callbacks = list(given) if isinstance(given, list) else [given]
+        if not getattr(self.datamodule, "has_classes", True):
+            callbacks = [callback for callback in callbacks if not isinstance(callback, KNNProbeCallback)]
+        for callback in (Timer(), CheckBackbone(), CheckpointOnInterrupt(self.out)):
+            if not any(isinstance(other, type(callback)) for other in callbacks):
+                callbacks.append(callback)
+        logger = settings["logger"]
+        if logger is None or logger is True:
+            logger = CSVLogger(self.out, name="metrics")
+        trainer = super().instantiate_trainer(**{"callbacks": callbacks, "logger": logger, **kwargs})
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str((self.out / "checkpoints").resolve())
+            elif isinstance(callback, ReportCallback) and callback.dirpath is None:
+                callback.dirpath = self.out
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        return trainer
+
+
+def _configs(configs: Any) -> list[str]:
+    return [f"--config={config}" for config in configs]
+
+
+def _reason(error: Exception) -> str:
+    """The message of jsonargparse in one line, without the types that it tried."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
+    lines = [line.strip() for line in str(error).splitlines()]
+    return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
+
+
+def _needs_data(error: Exception) -> bool:
+    return _reason(error).endswith("are required: data")
+
+
+def with_recipe(
+    recipe: str, arguments: Sequence[str] | None, rule: Callable[[argparse.Namespace], Sequence[str]] | None = None
+) -> list[str]:
+    """The arguments of a script that fits a recipe; a command that resumes a run leaves its configuration as it is.
+
+    Args:
+        recipe: The recipe's name.
+        arguments: The arguments of the script; by default, the words of the command line.
+        rule: The short flags of the command -> arguments for which the script has its own defaults.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    flags, _ = Command().parse_known_args(given)
+    out = flags.out or f"runs/{recipe}"
+    if flags.resume and (Path(out) / "config.yaml").is_file():
+        return ["--out", out, *given]
+    return ["--config", recipe, *(rule(flags) if rule else []), *given]
+
+
+def fit(arguments: Sequence[str]) -> FitCLI:
+    """Train as the command describes, and write DIR/summary.json.
+
+    Args:
+        arguments: The words after `dino-head fit`.
+
+    Returns:
+        Model, data and Trainer after the run.
+
+    Raises:
+        SystemExit: The command is wrong, or the run cannot write its files.
+    """
+    cli = FitCLI(arguments)
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.checkpoint)
+    except OSError as error:
+        raise SystemExit(f"stopped: {error}. Free disk space or repair the cause. {how_to_resume(cli.out)}") from error
+    cli.results = _results(cli)
+    if cli.trainer.is_global_zero and not cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        (cli.out / "summary.json").write_text(json.dumps(cli.results, indent=2), encoding="utf-8")
+    return cli
+
+
+def _results(cli: FitCLI) -> dict[str, Any]:
+    data = cli.datamodule
+    timer, wait = _find(cli.trainer, Timer), _find(cli.trainer, DataWait)
+    probe, monitor = _find(cli.trainer, KNNProbeCallback), _find(cli.trainer, CollapseMonitorCallback)
+    receipts = [getattr(callback, "receipt", None) for callback in cli.trainer.callbacks]  # type: ignore[attr-defined]
+    results = {
+        "epochs": cli.trainer.current_epoch,
+        "seconds": timer and round(timer.time_elapsed("train"), 1),
+        "data": getattr(data, "description", None),
+        "bad_files": len(data.bad_files.names()) if hasattr(data, "bad_files") else None,
+        "data_wait": wait and wait.share,
+        "knn_history": probe and [{"epoch": int(row["epoch"]), "top1": round(row["top1"], 4)} for row in probe.history],
+        "diagnoses": monitor and monitor.diagnoses,
+        "receipts": [receipt for receipt in receipts if receipt],
+    }
+    return {name: result for name, result in results.items() if result is not None}
+
+
+def _find(trainer: Trainer, kind: type[Kind]) -> Kind | None:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train, and print the summary."""
+    cli = fit(arguments)
+    if cli.trainer.is_global_zero:
+        print(json.dumps(cli.results, indent=2))

@@ -1,16 +1,19 @@
-"""The folder of a run: its settings, its checkpoints, Ctrl-C and going on."""
+"""The folder of a run: its configuration, its data and its checkpoints.
 
-import argparse
-import json
-import signal
-from collections.abc import Mapping, Sequence
+DIR/config.yaml      the effective configuration
+DIR/data.txt         a description of the training data
+DIR/checkpoints/     what a resumed run starts from
+"""
+
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -19,70 +22,92 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def check_readable(file: Path) -> None:
-    """Raise ValueError if the file is not a whole checkpoint."""
+    """Raise ValueError if the file, or the folder of a sharded checkpoint, is not complete."""
     try:
-        torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-    except Exception as error:  # whatever is in the file
+        if file.is_dir():
+            torch.load(file / "meta.pt", map_location="cpu", weights_only=True)  # Lightning writes it last
+        else:
+            torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+    except Exception as error:  # depends on the damage
         raise ValueError(
-            f"{file} is no whole checkpoint ({type(error).__name__}). Nothing was changed: go on from another one. (To "
-            "resume a run from the one before it, move this one away.)"
+            f"{file} is no complete checkpoint ({type(error).__name__}). Nothing was changed: use another checkpoint. "
+            "(To resume a run from its previous checkpoint, move this one away.)"
         ) from None
 
 
-def parse_run(
-    parser: argparse.ArgumentParser, limits: Mapping[str, tuple[float, float]], arguments: Sequence[str] | None
-) -> Any:
-    """The options, kept in the folder `--out`: a resumed run takes up those that it was started with.
+def open_run(out: Path, config: str, resume: bool) -> Path | None:
+    """Prepare the folder of a run.
 
     Args:
-        parser: has --out and --resume as well.
-        limits: the smallest and the largest value of the options that have some.
-        arguments: None for those of the command line.
+        out: The folder.
+        config: The effective configuration of the run, in YAML.
+        resume: Whether to resume the run that is there, if it has a checkpoint.
+
+    Returns:
+        The checkpoint to resume from, or None for a run that starts.
+
+    Raises:
+        ValueError: The folder holds a run and `resume` is False; it holds something else; the run has another
+            configuration; its newest checkpoint is not complete.
     """
-    args = parser.parse_args(arguments)
-    for name, (least, most) in limits.items():
-        if not least <= getattr(args, name) <= most:
-            limit = f"at least {least}" if getattr(args, name) < least else f"at most {most}"
-            parser.error(f"--{name.replace('_', '-')} must be {limit}, got {getattr(args, name)}")
-    settings = args.out / "settings.json"
-    if not args.resume:
-        started_too_early = not checkpoints(args.out) and settings.exists()  # and ended before there was anything
-        if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())) and not started_too_early:
-            parser.error(f"{args.out} holds a run already: go on with --resume, or choose another folder with --out")
-        args.out.mkdir(parents=True, exist_ok=True)
-        options = {name: value for name, value in vars(args).items() if name not in {"out", "resume"}}
-        settings.write_text(json.dumps(options, indent=2))
-        return args
-    if not checkpoints(args.out):
-        parser.error(f"{args.out} holds no checkpoint to resume from: start the run without --resume")
-    try:
-        check_readable(checkpoints(args.out)[-1])
-    except ValueError as error:
-        parser.error(str(error))
-    started = argparse.Namespace(**json.loads(settings.read_text()))
-    args = parser.parse_args(arguments, argparse.Namespace(**vars(started)))
-    for name, value in vars(started).items():
-        if getattr(args, name) != value:
-            parser.error(
-                f"the run in {args.out} was started with {name}={value}, got {getattr(args, name)}: a resumed run "
-                "keeps its settings; leave the option out, or start another run with --out"
-            )
-    return args
+    saved = out / "config.yaml"
+    if resume and checkpoints(out) and saved.exists():
+        newest = checkpoints(out)[-1]
+        check_readable(newest)
+        _check_same_settings(out, saved.read_text(encoding="utf-8"), config)
+        return newest
+    has_not_trained = saved.exists() and not checkpoints(out)  # the run ended before its first checkpoint
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not has_not_trained:
+        raise ValueError(
+            f"{out} already holds a run or other files: resume the run with --resume, or choose another folder "
+            "with --out"
+        )
+    _write(saved, config)
+    return None
+
+
+@rank_zero_only
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+def _check_same_settings(out: Path, was: str, got: str) -> None:
+    before, now = (dict(_settings(yaml.safe_load(text))) for text in (was, got))
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    names = [name for name in names if name != "trainer.default_root_dir"]  # the same folder by another path
+    if names:
+        first = ", ".join(f"{name}={before.get(name)} (got {now.get(name)})" for name in names[:3])
+        more = f" and {len(names) - 3} other settings" if len(names) > 3 else ""
+        raise ValueError(
+            f"the run in {out} was started with {first}{more}: a resumed run keeps its settings; drop these flags, or "
+            "start another run with --out"
+        )
+
+
+def _settings(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of a nested configuration with their paths."""
+    if isinstance(value, (dict, list)) and value:
+        for name, below in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _settings(below, f"{path}.{name}" if path else str(name))
+    else:
+        yield path, value
 
 
 def check_same_data(out: Path, description: str, resume: bool) -> None:
-    """Stop a resumed run whose data are not those that it began with; `description` is kept in the folder."""
+    """Raise ValueError if a resumed run has other data than it was started with; else keep their description."""
     file = out / "data.txt"
-    if resume and file.exists() and file.read_text() != description:
-        raise SystemExit(
-            f"the data have changed since the run in {out} began ({file.read_text()}, now {description}), and their "
-            "order with them: put the files back, or begin another run with --out. Nothing was changed"
+    was = file.read_text(encoding="utf-8") if resume and file.exists() else description
+    if was != description:
+        raise ValueError(
+            f"the data have changed since the run in {out} was started ({was}, now {description}), and with them the "
+            "order of the samples: restore the files, or start another run with --out. Nothing was changed"
         )
-    file.write_text(description)
+    _write(file, description)
 
 
-class WholeCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place first, so that a full disk or a kill leaves no half one there."""
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint to a temporary file first, so that a full disk or a kill leaves no incomplete one."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
         """Write, then rename."""
@@ -93,35 +118,3 @@ class WholeCheckpoints(TorchCheckpointIO):
             part.unlink(missing_ok=True)
             raise
         part.replace(path)
-
-
-class StopAtBatchEnd(Callback):
-    """Lets Ctrl-C end the run after its batch, with a checkpoint from which it goes on exactly; for the last place."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.is_asked, self.handler = file, False, signal.getsignal(signal.SIGINT)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on there is something to save."""
-        self.is_asked = False
-        signal.signal(signal.SIGINT, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        if self.is_asked:  # Ctrl-C for the second time: at once
-            raise KeyboardInterrupt
-        self.is_asked = True
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save, and say how to go on."""
-        if self.is_asked:
-            trainer.save_checkpoint(self.file)
-            print(f"\nstopped: {self.file} is written; go on with --resume --out {self.file.parents[1]}")
-            raise KeyboardInterrupt
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Ctrl-C as it was."""
-        signal.signal(signal.SIGINT, self.handler)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Ctrl-C as it was."""
-        signal.signal(signal.SIGINT, self.handler)

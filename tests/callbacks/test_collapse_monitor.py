@@ -5,8 +5,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers.toy import rules, trainer
-from helpers.views import TinyDINO, tiny_dino, view_loader
+from helpers.tiny_dino import TinyDINO, tiny_dino, view_loader
+from helpers.toy_training import rules, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint

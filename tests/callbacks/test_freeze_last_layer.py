@@ -6,8 +6,9 @@ import warnings
 
 import pytest
 import torch
-from helpers.toy import Manual, Recorder, SaveRank, Toy, adamw, loader, trainer
-from helpers.views import tiny_dino, view_loader
+from helpers.processes import START_METHOD
+from helpers.tiny_dino import tiny_dino, view_loader
+from helpers.toy_training import Manual, Recorder, SaveRank, Toy, adamw, loader, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
@@ -298,7 +299,7 @@ def test_two_processes_stay_frozen_and_identical(tmp_path):
     before = module.student["head"].last_layer.weight_v.detach().clone()
     callbacks = [FreezeLastLayerCallback(), SaveRank(tmp_path)]
     for epochs, frozen in ((2, True), (3, False)):
-        strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo")
+        strategy = DDPStrategy(start_method=START_METHOD, process_group_backend="gloo")
         trainer(*callbacks, strategy=strategy, devices=2, max_epochs=epochs).fit(copy.deepcopy(module), loader())
         ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
         assert all(torch.equal(value, ranks[1][key]) for key, value in ranks[0].items())
@@ -544,7 +545,7 @@ def test_deepspeed_is_refused_by_name():
 
 
 def test_a_static_graph_under_manual_optimization_is_refused():
-    strategy = DDPStrategy(start_method="spawn", process_group_backend="gloo", static_graph=True)
+    strategy = DDPStrategy(start_method=START_METHOD, process_group_backend="gloo", static_graph=True)
     with pytest.raises(ProcessRaisedException, match="static_graph=True under manual"):
         trainer(FreezeLastLayerCallback(), strategy=strategy, devices=2).fit(Manual("lightning"), loader())
 

@@ -7,9 +7,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import fits
-from helpers.toy import rules, trainer
-from helpers.views import TinyDINO, tiny_dino, view_loader
+from helpers import distributed_fits
+from helpers.processes import run_in_processes
+from helpers.tiny_dino import TinyDINO, tiny_dino, view_loader
+from helpers.toy_training import rules, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -455,13 +456,13 @@ def test_arguments_out_of_range(options):
 
 
 def test_two_processes_equal_one(tmp_path):
-    one = fits.watched(tmp_path)
-    first, second = fits.run_trainers(fits.watched, tmp_path)
+    one = distributed_fits.watched(tmp_path)
+    first, second = run_in_processes(distributed_fits.watched, tmp_path)
     assert second["unlabelled warnings"] == [0]  # the first process warns alone
     for rank in (first, {**second, "unlabelled warnings": [1]}):
         assert rank.keys() == one.keys()
         for name in one:
             assert rank[name] == pytest.approx(one[name], rel=1e-3), name
     reports = {file.parent.name for file in tmp_path.glob("*/report.html")}
-    kinds = ["plain", "shares", "unlabelled", *(["sharded"] if fits.CAN_SHARD else [])]
+    kinds = ["plain", "shares", "unlabelled", *(["sharded"] if distributed_fits.CAN_SHARD else [])]
     assert reports == {f"{kind}-{processes}" for kind in kinds for processes in (1, 2)}

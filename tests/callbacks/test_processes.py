@@ -4,16 +4,17 @@ import copy
 
 import pytest
 import torch
-from helpers import fits
+from helpers import distributed_fits
+from helpers.processes import run_in_processes
 from torch.multiprocessing import ProcessExitedException
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    return fits.run_trainers(fits.half_each, tmp_path_factory.mktemp("half-each"))
+    return run_in_processes(distributed_fits.half_each, tmp_path_factory.mktemp("half-each"))
 
 
-needs_shards = pytest.mark.skipif(not fits.CAN_SHARD, reason="fully_shard of this torch needs a GPU")
+needs_shards = pytest.mark.skipif(not distributed_fits.CAN_SHARD, reason="fully_shard of this torch needs a GPU")
 PLAIN = [
     *("ddp", "find_unused_parameters", "static_graph", "gradient_as_bucket_view"),
     pytest.param("fully_shard", marks=needs_shards),
@@ -36,32 +37,32 @@ def test_the_ranks_are_identical(two, strategy):
 
 @pytest.mark.parametrize("strategy", PLAIN)
 def test_two_processes_with_half_a_batch_equal_one_with_the_whole(two, strategy):
-    start = copy.deepcopy(fits.seeded().state_dict())
-    one = fits.fit_rules(fits.seeded())["state"]
+    start = copy.deepcopy(distributed_fits.seeded().state_dict())
+    one = distributed_fits.fit_rules(distributed_fits.seeded())["state"]
     torch.testing.assert_close(two[0][strategy]["state"], one, rtol=1e-4, atol=1e-5)
     assert not torch.equal(start["teacher.head.last_layer.weight_v"], one["teacher.head.last_layer.weight_v"])
 
 
 @pytest.mark.parametrize("strategy", ACCUMULATED)
 def test_two_processes_under_accumulation_equal_one(two, strategy):
-    one = fits.fit_rules(fits.seeded(), accumulate_grad_batches=2)["state"]
+    one = distributed_fits.fit_rules(distributed_fits.seeded(), accumulate_grad_batches=2)["state"]
     torch.testing.assert_close(two[0][strategy]["state"], one, rtol=1e-4, atol=1e-5)
 
 
 def test_manual_accumulation_in_two_processes_equals_one(tmp_path):
-    ranks = fits.run_trainers(fits.manual, tmp_path)
-    one = fits.manual(tmp_path)
+    ranks = run_in_processes(distributed_fits.manual, tmp_path)
+    one = distributed_fits.manual(tmp_path)
     assert [rank["steps"] for rank in ranks] == [one["steps"]] * 2 == [18] * 2
     for rank in ranks:
         torch.testing.assert_close(rank["state"], one["state"], rtol=1e-4, atol=1e-5)
 
 
 def test_shards_that_hide_or_gather_parameters_are_refused(tmp_path):
-    for errors in fits.run_trainers(fits.refusals, tmp_path):
+    for errors in run_in_processes(distributed_fits.refusals, tmp_path):
         assert "student.head._fsdp_wrapped_module.last_layer" in errors["flat"]
         assert "no trainable parameter after the strategy's set-up" in errors["flat"]
         assert "use_orig_params=True" in errors["flat"]
-        if fits.CAN_SHARD:
+        if distributed_fits.CAN_SHARD:
             assert "is sharded in another way" in errors["gathered teacher"]
             assert "reshard_after_forward=True" in errors["gathered teacher"]
         assert "is sharded in another way in the teacher than in the student" in errors["teacher not sharded"]
@@ -72,10 +73,10 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed_equals_uninterrupted_bitwi
     """kill -9 of the last process, in the 6th step of the second epoch; in new processes each time."""
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    expected = fits.run_trainers(fits.uninterrupted, tmp_path / "whole", processes)
+    expected = run_in_processes(distributed_fits.uninterrupted, tmp_path / "whole", processes)
     with pytest.raises(ProcessExitedException, match="SIGKILL"):
-        fits.run_trainers(fits.killed, tmp_path / "killed", processes)
+        run_in_processes(distributed_fits.killed, tmp_path / "killed", processes)
     assert (tmp_path / "killed" / "checkpoints" / "step=17.ckpt").exists()
     assert not (tmp_path / "killed" / "checkpoints" / "step=18.ckpt").exists()
-    resumed = fits.run_trainers(fits.resumed, tmp_path / "killed", processes)
+    resumed = run_in_processes(distributed_fits.resumed, tmp_path / "killed", processes)
     torch.testing.assert_close(resumed, expected, rtol=0, atol=0)

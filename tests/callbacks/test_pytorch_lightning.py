@@ -5,7 +5,7 @@ import copy
 import pytest
 import pytorch_lightning
 import torch
-from helpers.toy import loader
+from helpers.toy_training import loader
 from lightning_utilities.core.imports import RequirementCache
 from torch import nn
 

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from helpers.toy import rules, trainer
-from helpers.views import TinyDINO, TinyViT, tiny_dino, view_loader
+from helpers.tiny_dino import TinyDINO, TinyViT, tiny_dino, view_loader
+from helpers.toy_training import rules, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint

@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from helpers.toy import Toy, loader, rules, trainer
-from helpers.views import crops, tiny_dino, view_loader
+from helpers.tiny_dino import crops, tiny_dino, view_loader
+from helpers.toy_training import Toy, loader, rules, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision

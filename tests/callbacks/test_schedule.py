@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.toy import Manual, Toy, loader, trainer
-from helpers.views import tiny_dino, view_loader
+from helpers.tiny_dino import tiny_dino, view_loader
+from helpers.toy_training import Manual, Toy, loader, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException

@@ -3,8 +3,8 @@ import logging
 
 import pytest
 import torch
-from helpers.toy import Manual, Stateful, Toy, loader, trainer
-from helpers.views import tiny_dino, view_loader
+from helpers.tiny_dino import tiny_dino, view_loader
+from helpers.toy_training import Manual, Stateful, Toy, loader, trainer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers.toy import Manual, Stateful, Toy, loader, rules
-from helpers.views import tiny_dino, view_loader
+from helpers.tiny_dino import tiny_dino, view_loader
+from helpers.toy_training import Manual, Stateful, Toy, loader, rules
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from torch import nn

@@ -4,7 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.fits import CAN_SHARD, run_recipe, run_trainers
+from helpers.distributed_fits import CAN_SHARD, run_recipe
+from helpers.processes import run_in_processes
 from PIL import Image
 
 from dino_head.callbacks import (
@@ -142,7 +143,7 @@ def test_a_recipe_runs_at_reduced_width(recipe, tmp_path):
     (tmp_path / "options.json").write_text(
         json.dumps([*command, *[f"--{name}={value}" for name, value in overrides.items()]])
     )
-    ranks = run_trainers(run_recipe, tmp_path, processes=overrides.get("trainer.devices", 1))
+    ranks = run_in_processes(run_recipe, tmp_path, processes=overrides.get("trainer.devices", 1))
     for rank in ranks:
         assert rank["steps"] == 1
         frozen, followed = rank["receipts"][:2]

@@ -2,8 +2,8 @@ import copy
 
 import pytest
 import torch
-from helpers.toy import trainer
-from helpers.views import TinyDINO, crops, tiny_dino, view_loader
+from helpers.tiny_dino import TinyDINO, crops, tiny_dino, view_loader
+from helpers.toy_training import trainer
 from torch import nn
 from torch.utils.data import DataLoader
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.toy import trainer
+from helpers.toy_training import trainer
 from lightning.pytorch import Callback
 from torch import nn
 

@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import workers
+from helpers import distributed_parts
+from helpers.operations import Watch
 from helpers.outputs import factored, factors, logits
-from helpers.watch import Watch
+from helpers.processes import run_in_processes
 
 from dino_head import FactoredLogits, dino_loss
 from dino_head.functional import sinkhorn_center
@@ -333,11 +334,11 @@ def test_uniform_sides_cost_ln_k():
 
 @pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this torch needs a GPU")
 def test_under_fully_shard_gradients_are_exact(tmp_path):
-    results = workers.run(workers.sharded_heads, tmp_path)
+    results = run_in_processes(distributed_parts.sharded_heads, tmp_path)
     for rank in results:
         for index, norm_last_layer in enumerate((True, False, None)):
-            head, views = workers.sharded_case(norm_last_layer)
-            workers.head_loss(head, views).backward()
+            head, views = distributed_parts.sharded_case(norm_last_layer)
+            distributed_parts.head_loss(head, views).backward()
             found = rank[index]
             expected = {name: p.grad for name, p in head.named_parameters() if p.requires_grad}
             assert found.keys() == expected.keys()

@@ -3,8 +3,9 @@ import warnings
 
 import pytest
 import torch
-from helpers import workers
-from helpers.watch import Watch
+from helpers import distributed_parts
+from helpers.operations import Watch
+from helpers.processes import run_in_processes
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
@@ -370,8 +371,8 @@ def test_samples_that_do_not_fit(change, message):
 def test_two_processes_equal_one(tmp_path):
     teacher, student = sides(samples=9)
     torch.save((teacher, student, clusters(), clusters(61, seed=1)), tmp_path / "input.pt")
-    ranks = workers.run(workers.metrics_of_my_samples, tmp_path)
-    one = workers.measure(slice(None), tmp_path)
+    ranks = run_in_processes(distributed_parts.metrics_of_my_samples, tmp_path)
+    one = distributed_parts.measure(slice(None), tmp_path)
     for rank in ranks:
         torch.testing.assert_close(rank, one)
 

@@ -1,32 +1,15 @@
-"""What two processes do in tests, and the pool that runs it. Importable by name, so that started processes find it."""
+"""Parts of the core in several processes. Importable by name, so that started processes find them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from dino_head import DINOLoss, DINOProjectionHead, dino_loss
 from dino_head.metrics import DINOStatistics, KNNAccuracy, RankMe
-
-
-def run(work: Callable[[int, Path], Any], folder: Path, processes: int = 2) -> list[Any]:
-    """What `work(rank, folder)` returns in each process of a gloo group."""
-    torch.multiprocessing.spawn(_start, (work, folder, processes), nprocs=processes)
-    return [torch.load(folder / f"result{rank}.pt") for rank in range(processes)]
-
-
-def _start(rank: int, work: Callable[[int, Path], Any], folder: Path, processes: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=processes)
-    try:
-        torch.save(work(rank, folder), folder / f"result{rank}.pt")
-        dist.barrier()  # gloo may wait for ever for a process that takes the group down later
-    finally:
-        dist.destroy_process_group()
+from helpers.processes import in_gloo_group
 
 
 def objective(loss: DINOLoss, teacher: torch.Tensor, student: torch.Tensor) -> dict[str, Any]:
@@ -38,6 +21,7 @@ def objective(loss: DINOLoss, teacher: torch.Tensor, student: torch.Tensor) -> d
     return {"loss": value.detach(), "gradient": gradient, "center": loss.center}
 
 
+@in_gloo_group
 def objective_of_my_samples(rank: int, folder: Path) -> dict[str, Any]:
     """The first process takes 2 samples, the second the others."""
     centering, teacher, student = torch.load(folder / "input.pt")
@@ -57,6 +41,7 @@ class Objective(nn.Module):
         return self.loss(teacher, teacher + self.shift)
 
 
+@in_gloo_group
 def deferred_center(rank: int, folder: Path) -> torch.Tensor:
     """The center after two forwards and backwards under DDP, which broadcasts buffers before each."""
     logits = torch.load(folder / "logits.pt")  # (forwards, processes, T, B, K)
@@ -67,6 +52,7 @@ def deferred_center(rank: int, folder: Path) -> torch.Tensor:
     return module.module.loss.center
 
 
+@in_gloo_group
 def sharded_heads(rank: int, folder: Path) -> list[dict[str, torch.Tensor]]:
     """Full gradients of sharded heads, normed and plain, on this process's half of the samples."""
     results = []
@@ -102,5 +88,6 @@ def measure(part: slice, folder: Path) -> dict[str, Any]:
     return {**statistics.compute(), "rank": rank.compute(), "knn": knn.compute()}
 
 
+@in_gloo_group
 def metrics_of_my_samples(rank: int, folder: Path) -> dict[str, Any]:
     return measure(slice(0, 2) if rank == 0 else slice(2, None), folder)

@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import socket
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +26,11 @@ from dino_head.callbacks import (
 )
 from dino_head.cli.fit import main
 from dino_head.vision.loaders import ResumableLoader
-from helpers.toy import rules, trainer
-from helpers.views import TinyDINO, tiny_dino
+from helpers.tiny_dino import TinyDINO, tiny_dino
+from helpers.toy_training import rules, trainer
 
 CAN_SHARD = hasattr(torch.cpu.Stream, "record_event")  # fully_shard of older versions of torch needs a GPU
 IMAGES = torch.randn(48, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-
-
-def run_trainers(work: Callable[[Path], Any], folder: Path, processes: int = 2) -> list[Any]:
-    """What `work(folder)` returns in each of some processes that find each other as torchrun's do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_start, (work, folder, processes, port), nprocs=processes)
-    return [torch.load(folder / f"result{rank}.pt", weights_only=False) for rank in range(processes)]
-
-
-def _start(rank: int, work: Callable[[Path], Any], folder: Path, processes: int, port: int) -> None:
-    world = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
-    os.environ.update({name: str(value) for name, value in {**world, **meeting}.items()})
-    torch.set_num_threads(1)
-    torch.save(work(folder), folder / f"result{rank}.pt")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)  # the work is saved; the interpreter's end aborts now and then, where gloo's threads are still there
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
