@@ -4,8 +4,6 @@ import argparse
 import copy
 import itertools
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dino_head import DINOProjectionHead
-from dino_head.checkpoints import export_head, load_head, main
+from dino_head.checkpoints import export_head, load_head
 
 WEIGHT_NORMED = ("dino", "lightly", "lightly-train")
 LAYOUTS = (*WEIGHT_NORMED, "dinov3")
@@ -613,44 +611,3 @@ def test_the_choice_of_norm_last_layer_and_conversions_are_reported(source, opti
     with caplog.at_level(logging.INFO, "dino_head.checkpoints"):
         load_head(head_like(norm_last_layer=source).state_dict(), **options)
     assert line in caplog.text
-
-
-def test_the_command_shows_all_heads_and_changes_nothing(tmp_path):
-    file = tmp_path / "file.pth"
-    student = head_like(norm_last_layer=False).state_dict()
-    student["layers.6.bias"] = torch.full((4,), torch.nan)
-    torch.save(CHECKPOINTS["DINO"](export_head(head_like(), "dinov3"), student), file)
-    before = file.read_bytes()
-    command = [sys.executable, "-m", "dino_head.checkpoints", str(file)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    lines = run.stdout.splitlines()
-    assert run.returncode == 1  # one of the heads is broken
-    assert lines[0] == "heads: student.head, teacher.head"
-    assert lines[2].startswith("error: the head 'student.head' would be DINO")
-    assert "4 of 4 values of student.module.head.layers.6.bias are not finite" in lines[2]
-    assert lines[4].startswith("teacher.head: DINOProjectionHead(input_dim=6, hidden_dim=8, bottleneck_dim=4")
-    assert "  teacher.head.mlp.6.bias -> layers.6.bias (4,) torch.float32" in lines
-    assert lines[-2:] == [
-        "not used: student.backbone.* (2 tensors), teacher.backbone.* (2 tensors), optimizer.*, dino_loss.*",
-        "other entries: optimizer, epoch, args",
-    ]
-    assert file.read_bytes() == before
-    assert [*tmp_path.iterdir()] == [file]
-
-
-def test_the_command_shows_a_head_without_a_path(tmp_path, capsys):
-    torch.save(head_like().state_dict(), tmp_path / "head.pth")
-    main([str(tmp_path / "head.pth")])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:2] == ["heads: the whole file", ""]
-    assert len(lines) == 2 + 2 + len(head_like().state_dict()) + 1
-
-
-def test_the_command_exits_with_one_line_for_a_wrong_file(tmp_path):
-    torch.save({"backbone.weight": torch.ones(2)}, tmp_path / "backbone.pth")
-    for name, message in (
-        ("nothing.pth", "No such file"),
-        ("backbone.pth", "error: found no DINO head .*backbone.weight"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            main([str(tmp_path / name)])
