@@ -260,7 +260,7 @@ def test_without_matplotlib_an_error_names_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "dino_head.callbacks.report.charts", raising=False)
     monkeypatch.delattr(dino_head.callbacks.report, "charts", raising=False)
-    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+    with pytest.raises(ModuleNotFoundError, match=r'ReportCallback needs matplotlib: pip install "dino-head\[train\]"'):
         fit(seeded(), ReportCallback(tmp_path))
 
 

@@ -251,7 +251,7 @@ def test_a_missing_file_raises(tmp_path):
 def test_without_safetensors_the_error_names_the_package(head, tmp_path, monkeypatch):
     save_file(export_head(head, "dino"), tmp_path / "a.safetensors")
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ImportError, match="needs the package safetensors: pip install safetensors"):
+    with pytest.raises(ImportError, match=r'safetensors needs safetensors: pip install "dino-head\[train\]"'):
         load_head(tmp_path / "a.safetensors")
 
 
