@@ -36,8 +36,8 @@ def blocks(page):
 
 # The blocks of these pages build on the module of start.md and run one by one. How many there are:
 ON_START = {"start.md": 3, "watching.md": 2, "guarantees.md": 1}
-# The other pages run from the first block to the last, weights.md in a test of its own.
-ALONE = [page for page in (README, *SITE) if blocks(page) and page.name not in {"weights.md", *ON_START}]
+# The other pages of the site run from the first block to the last; weights.md and README.md have tests of their own.
+ALONE = [page for page in SITE if blocks(page) and page.name not in {"weights.md", *ON_START}]
 
 
 def block(text):
@@ -129,6 +129,7 @@ def beside_a_digits_run(tmp_path, monkeypatch):
     main(["--epochs", "1", "--batch-size", "256", "--prototypes", "16"])
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.slow
 def test_the_page_of_weights(beside_a_digits_run, tmp_path, capsys):
     """Every block of it, from the first to the last."""
@@ -186,11 +187,18 @@ def test_the_blocks_of_a_page_run_from_the_first_to_the_last(page, tmp_path, mon
 
 def test_every_python_block_runs():
     assert {page.name: len(blocks(page)) for page in PAGES if page.name in ON_START} == ON_START
-    run = {*ALONE, *(page for page in PAGES if page.name in {*ON_START, "weights.md"})}
+    run = {*ALONE, *(page for page in PAGES if page.name in {*ON_START, "weights.md", "README.md"})}
     assert [page for page in PAGES if blocks(page) and page not in run] == []
     assert [
         page for page in PAGES if re.search(r"^ *(```|~~~) *(py|pycon|python3|Python)\n", page.read_text(), re.M)
     ] == []
+
+
+def test_snippets_import_installed_packages_alone():
+    """The tests run in a checkout, where folders such as examples/ can be imported as well."""
+    docstrings = [file for folder in ("dino_head", "callbacks", "examples") for file in (ROOT / folder).rglob("*.py")]
+    imports = re.compile(r"^[ >]*(?:from|import) (?:benchmarks|callbacks|docs|examples|helpers|tests)\b.*", re.M)
+    assert [line for file in (*PAGES, *docstrings) for line in imports.findall(file.read_text())] == []
 
 
 def test_the_page_lists_every_recipe():

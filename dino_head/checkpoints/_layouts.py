@@ -84,7 +84,7 @@ def find_heads(tensors: Mapping[str, Tensor], others: Iterable[str] = ()) -> dic
         if any(key.endswith("_flat_param") for key in tensors):
             hint = ". These are flat shards of FSDP: save a full state dict, or use the file of the run's evaluation"
         raise ValueError(
-            "found no DINO head (mlp.* or layers.* beside last_layer.*) among "
+            "there is no DINO head (mlp.* or layers.* beside last_layer.*) among "
             f"{listed(grouped(tensors)) or 'no tensors'}: this may be the backbone alone; use the checkpoint of the "
             f"training{hint}"
         )
