@@ -67,8 +67,7 @@ class DINO(LightningModule):
         self.augment = augment
         self.global_views = global_views
         self.learning_rate, self.min_learning_rate = learning_rate, min_learning_rate
-        self.warmup_epochs = warmup_epochs
-        self.weight_decay = weight_decay
+        self.warmup_epochs, self.weight_decay = warmup_epochs, weight_decay
         self.clip_per_parameter = clip_per_parameter
         self.seed = seed
 
@@ -121,8 +120,7 @@ class DINO(LightningModule):
         """The factor of the learning rate at an optimizer step."""
         if step == 0:  # called before the data are loaded: counting them now would break resuming their loader
             return float(self.warmup_epochs == 0)
-        warmup = self.warmup_epochs * math.ceil(
-            self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        )
+        run = self.trainer
+        warmup = self.warmup_epochs * math.ceil(run.num_training_batches / run.accumulate_grad_batches)
         end = self.min_learning_rate / self.learning_rate
-        return cosine_schedule(step, 1.0, end, int(self.trainer.estimated_stepping_batches), warmup_steps=warmup)
+        return cosine_schedule(step, 1.0, end, int(run.estimated_stepping_batches), warmup_steps=warmup)

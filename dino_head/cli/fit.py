@@ -21,6 +21,17 @@ from dino_head.cli.run_folder import AtomicCheckpointIO, check_same_data, open_r
 from dino_head.vision.data_wait import DataWait
 
 Kind = TypeVar("Kind", bound=Callback)
+NOISE = (  # lines of jsonargparse's errors that give no reason
+    "Does not validate",
+    "Subtypes:",
+    "Errors:",
+    "Given value",
+    "Expected a <class 'NoneType'>",
+    "Not a valid subclass",
+    "Subclass types expect",
+    "a class path",
+    "a dict with",
+)
 
 
 class FitCLI(LightningCLI):
@@ -135,9 +146,8 @@ def _configs(configs: Any) -> list[str]:
 
 def _reason(error: Exception) -> str:
     """The message of jsonargparse in one line, without the types that it tried."""
-    noise = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class 'NoneType'>")
-    lines = [line.strip() for line in str(error).splitlines()]
-    return " ".join(line.removeprefix("- ") for line in lines if line and not line.startswith(noise))
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(NOISE))
 
 
 def _needs_data(error: Exception) -> bool:

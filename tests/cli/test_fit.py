@@ -291,7 +291,7 @@ def test_a_backbone_that_cannot_take_local_views_raises_before_the_first_step(pl
     (["--config", "images", "--size", "tiny"], "argument --data: required"),
     (["--config", "digits", "--precision", "fine"], "argument --precision fine: .*trainer.precision"),
     (["--config", "digits", "--epoch", "3"], "unrecognized arguments: --epoch 3"),
-    (["--config", "digits", "--trainer.max_epoch=3"], "unrecognized arguments: --trainer.max_epoch=3"),
+    (["--config", "digits", "--trainer.epochs=3"], "unrecognized arguments: --trainer.epochs=3"),
     (["--config", "digits", "--trainer.max_epochs=x"], '"trainer.max_epochs": .*int'),
     (["--resume"], "argument --resume: needs --out DIR"),
     (["--resume", "--out", "nowhere"], "argument --resume: nowhere holds no run: start it with --config"),

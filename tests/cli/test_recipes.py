@@ -79,7 +79,7 @@ def changed(recipe, old, new, folder):
     [
         ("base_momentum", "base_momentun", "base_momentun"),
         ("base_momentum: 0.996", "base_momentum: fast", "fast"),
-        ("[0.04, 0.4]", "0.4", "tuple[float, float]"),
+        ("[0.04, 0.4]", "0.4", "'tuple'"),
         ("TeacherUpdateCallback", "TeacherUpdate", "TeacherUpdate"),
         ("base_momentum: 0.996", "base_momentum: 1.5", "base_momentum must be a number in [0, 1], got 1.5"),
         ("target: weight_decay", "target: ''", "target must be a name such as"),

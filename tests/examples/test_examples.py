@@ -55,7 +55,7 @@ options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar"
 Trainer(max_steps=2, **options).fit(module, torch.utils.data.DataLoader(torch.randn(8, 1, 8, 8), batch_size=4))
 assert not torch.equal(backbone[1].weight, before)
 assert DINO.__module__ == "my_method"
-heavy = ("dino_head.examples", "dino_head.vision", "dino_head.cli", "dino_head.callbacks", "kornia", "transformers")
+heavy = ("dino_head.examples", "dino_head.vision", "dino_head.cli", "dino_head.callbacks", "kornia")
 print("loaded:", *[name for name in heavy if name in sys.modules])
 """
 

@@ -117,6 +117,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_run_bitwise(stop, ru
     assert [[row["epoch"] for row in history] for history in histories(out)] == [[0, 2], [0, 2]]
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # as the copy has
 def test_a_repeated_command_with_resume_continues_with_its_settings(run, tmp_path):
     out = shutil.copytree(run, tmp_path / "copy")
     before = (out / "checkpoints" / "last.ckpt").read_bytes()
