@@ -72,6 +72,12 @@ def test_the_rules_of_the_start_page_print_the_receipts_on_it(mine, capsys):
     assert "\n".join(printed) in START.read_text()
 
 
+def test_the_readme_is_short_and_shows_code_early():
+    text = README.read_text()
+    assert len(text.split()) <= 900
+    assert text.splitlines().index("```python") < 40
+
+
 @pytest.mark.slow
 def test_the_module_of_the_readme_prints_its_receipts(capsys):
     torch.manual_seed(0)
