@@ -213,6 +213,7 @@ def test_a_zero_vector_stays_finite_in_float16():
     assert torch.equal(head(torch.zeros(2, 8, dtype=torch.float16)), torch.zeros(2, 16, dtype=torch.float16))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm_last_layer", [True, None])
 def test_compile_without_graph_break(norm_last_layer):
     head, x = used_head(norm_last_layer=norm_last_layer)

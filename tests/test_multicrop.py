@@ -22,8 +22,8 @@ def test_each_resolution_goes_through_once_and_the_order_stays():
 
 def test_equals_one_forward_a_view_and_its_gradient():
     torch.manual_seed(0)
-    backbone = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    views = [torch.randn(4, 3, size, size) for size in (16, 16, 8, 8, 8)]
+    backbone = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    views = [torch.randn(4, 3, size, size).double() for size in (16, 16, 8, 8, 8)]
     together, apart = multicrop_forward(backbone, views), torch.stack([backbone(view) for view in views])
     torch.testing.assert_close(together, apart)
     gradients = [torch.autograd.grad(y.square().sum(), list(backbone.parameters())) for y in (together, apart)]

@@ -101,6 +101,7 @@ def test_with_sinkhorn_targets_the_value_is_the_loss():
     assert [row["loss"] for row in monitor.history] == pytest.approx(losses, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated")  # Dynamo's
 def test_a_compiled_loss_and_low_precision_are_measured_too():
     plain, compiled, low = (CollapseMonitorCallback(2, **NEVER) for _ in range(3))
@@ -367,6 +368,7 @@ def test_the_pairs_come_from_the_teacher_update(momentum, reported):
     assert any(text.startswith("teacher does not follow") for text in monitor.diagnoses) == reported
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_flat_because_k_is_large_is_no_warning():
     monitor, given, run = watched(dino(65536, teacher_temp=0.07, learning_rate=1e-5), follow(), stop=True)
     (text,) = monitor.diagnoses

@@ -4,7 +4,6 @@ import pytest
 from helpers.photos import TINY_VIT, make_photos
 
 from dino_head.examples.fit_images import linear_rule, main
-from dino_head.vision import ImageData
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*fork.*", "ignore:.*logging interval")
 
@@ -43,12 +42,3 @@ def test_the_script_trains_by_the_rule_and_resumes_without_flags(photos, tmp_pat
     main(["--resume"])
     assert (out / "summary.json").exists()
     assert (out / "config.yaml").read_text() == config
-
-
-def test_every_tenth_image_is_held_out_of_training(photos):
-    data = ImageData(str(photos), workers=0)
-    data.setup("fit")
-    train, held_out = ({row["image"]["path"] for row in images.samples.rows} for images in (data.train, data.held_out))
-    assert (len(train), len(held_out)) == (36, 5)
-    assert not train & held_out
-    assert set(data.held_out.samples.rows["label"]) == {0, 1}

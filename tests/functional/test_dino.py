@@ -272,6 +272,7 @@ def test_finite_at_any_scale_of_the_logits(scale):
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factored", [True, False])
 @pytest.mark.filterwarnings("ignore:.*Function.* should not be instantiated")  # the compiler's own
 def test_compiled_without_a_graph_break(factored):

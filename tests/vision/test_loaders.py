@@ -15,6 +15,7 @@ def trainer_at(batch=0, world_size=1, rank=0):
     return SimpleNamespace(world_size=world_size, global_rank=rank, fit_loop=SimpleNamespace(batch_idx=batch - 1))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="workers are always spawned here")
 def test_spawned_workers_load_what_forked_workers_load(tree, tmp_path):

@@ -1,0 +1,35 @@
+from types import SimpleNamespace
+
+import pytest
+from helpers.photos import make_photos
+
+from dino_head.vision import ImageData, StreamData
+
+
+def test_every_tenth_image_is_held_out_of_training(tmp_path):
+    data = ImageData(str(make_photos(tmp_path / "photos")), workers=0)
+    data.setup("fit")
+    train, held_out = ({row["image"]["path"] for row in images.samples.rows} for images in (data.train, data.held_out))
+    assert (len(train), len(held_out)) == (36, 5)
+    assert not train & held_out
+    assert set(data.held_out.samples.rows["label"]) == {0, 1}
+
+
+def test_without_classes_no_image_is_held_out(tmp_path):
+    data = ImageData(str(make_photos(tmp_path / "photos", classes=["all"])), workers=0)
+    assert not data.has_classes
+    data.setup("fit")
+    assert (len(data.train), len(data.held_out)) == (41, 0)
+
+
+def test_a_stream_takes_the_length_of_an_epoch_from_the_trainer(tmp_path):
+    data = StreamData(str(make_photos(tmp_path / "photos")), batch_size=8, workers=0, image_size=16)
+    data.trainer = SimpleNamespace(
+        limit_train_batches=1.0, default_root_dir=tmp_path, world_size=1, global_rank=0, current_epoch=0,
+        fit_loop=SimpleNamespace(batch_idx=-1, is_resuming=False),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"limit_train_batches=1\.0: set it in the Trainer to the number of batches"):
+        data.train_dataloader()
+    data.trainer.limit_train_batches = 3
+    images, labels = next(iter(data.train_dataloader()))
+    assert (images.shape, labels.shape) == ((8, 3, 16, 16), (8,))
