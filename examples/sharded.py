@@ -1,4 +1,4 @@
-"""The example's module for ModelParallelStrategy: weights, gradients and optimizer states are divided among GPUs."""
+"""The example's module for ModelParallelStrategy, which divides weights, gradients and optimizer states among GPUs."""
 
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -7,10 +7,10 @@ from dino_head.examples.dino_module import DINO
 
 
 class ShardedDINO(DINO):
-    """DINO whose transformers are sharded block by block: whatever stands in an nn.ModuleList is a block."""
+    """DINO with sharded transformers; the modules of each nn.ModuleList are the blocks."""
 
     def configure_model(self) -> None:
-        """Shard both sides alike, each block of the backbone by itself, so that one at a time is whole."""
+        """Shard each block of both backbones, so that only one block at a time is gathered."""
         mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
         for side in (self.student, self.teacher):
             blocks = [block for part in side["backbone"].modules() if isinstance(part, nn.ModuleList) for block in part]

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+from dino_head._extras import packages_of_extras
+
 HELP = """\
 usage: dino-head COMMAND ...
 
@@ -22,8 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command == "fit":
-        from dino_head.cli.fit import main as fit
+        try:
+            with packages_of_extras("dino-head fit"):
+                import jsonargparse  # noqa: F401  # which Lightning imports later, when it says less
 
+                from dino_head.cli.fit import main as fit
+        except ModuleNotFoundError as error:
+            raise SystemExit(f"dino-head: error: {error}") from None
         fit(rest)
     elif command == "inspect":
         from dino_head.cli.inspect import inspect

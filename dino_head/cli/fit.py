@@ -186,7 +186,9 @@ def fit(arguments: Sequence[str]) -> FitCLI:
     """
     cli = FitCLI(arguments)
     try:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.checkpoint)
+        if cli.checkpoint is not None:
+            cli.trainer.ckpt_path = cli.checkpoint  # an argument of fit would be unknown in the datamodule's setup
+        cli.trainer.fit(cli.model, cli.datamodule)
     except OSError as error:
         raise SystemExit(f"stopped: {error}. Free disk space or repair the cause. {how_to_resume(cli.out)}") from error
     cli.results = _results(cli)

@@ -140,6 +140,12 @@ def test_resume_without_a_configuration_takes_the_saved_one(copy):
     assert (cli.datamodule.batch_size, cli.trainer.max_epochs) == (16, 3)
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # as the copy has
+def test_a_resumed_run_keeps_its_list_of_bad_files(run, copy):
+    assert fit(["--resume", "--out", str(copy)]).results["bad_files"] == 1
+    assert (copy / "bad_files.txt").read_bytes() == (run / "bad_files.txt").read_bytes()
+
+
 @pytest.mark.parametrize("with_config", [False, True])
 def test_resume_with_other_settings_is_refused(with_config, place, copy, capsys):
     same = command(place, copy) if with_config else ["--out", str(copy)]

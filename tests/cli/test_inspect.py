@@ -81,6 +81,14 @@ def test_help_names_the_commands(words, capsys):
     assert "dino-head inspect FILE" in printed
 
 
+def test_fit_without_its_packages_names_the_extra_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    with pytest.raises(
+        SystemExit, match=r'^dino-head: error: dino-head fit needs jsonargparse: .*"dino-head\[train\]"'
+    ):
+        main(["fit", "--help"])
+
+
 def test_an_unknown_command_is_an_error_that_names_it(capsys):
     with pytest.raises(SystemExit):
         main(["train"])

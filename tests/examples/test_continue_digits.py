@@ -14,7 +14,7 @@ from dino_head.examples.continue_digits import DustyDigits, below, build, main
 
 SCRIPT = Path(continue_digits.__file__)
 
-# The backbone as a stranger would write it, who has PyTorch and a file, and nothing of this project.
+# The backbone as somebody writes it who has PyTorch and the file, but not this project.
 ELSEWHERE = """
 import sys, torch
 from safetensors.torch import load_file
@@ -53,7 +53,7 @@ def same(one, other) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_it_begins_with_the_teacher_and_the_center_of_the_checkpoint(checkpoint):
+def test_the_model_starts_from_the_teacher_and_the_center_of_the_checkpoint(checkpoint):
     model, state = build(checkpoint), saved(checkpoint)
     for side in (model.student, model.teacher):
         assert same(side["backbone"].state_dict(), below("teacher.backbone", state))
@@ -69,7 +69,7 @@ def test_a_new_head_may_have_another_size(checkpoint):
     assert same(model.teacher["backbone"].state_dict(), below("teacher.backbone", saved(checkpoint)))
 
 
-def test_the_dust_is_always_the_same_and_on_some_pixels():
+def test_the_dust_is_the_same_each_time_and_covers_a_share_of_the_pixels():
     (dusty, labels), _ = DustyDigits().labelled()
     (clean, clean_labels), _ = fit_digits.digits()
     assert torch.equal(dusty, DustyDigits().labelled()[0][0])
@@ -77,7 +77,7 @@ def test_the_dust_is_always_the_same_and_on_some_pixels():
     assert (dusty != clean).float().mean().item() == pytest.approx(0.15, abs=0.005)
 
 
-def test_in_the_warm_up_the_head_alone_is_trained(checkpoint, tmp_path):
+def test_the_warm_up_trains_the_head_alone(checkpoint, tmp_path):
     options = ["--epochs", "1", "--warmup-steps", "99", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
     main(options)
     before, after = saved(checkpoint), saved(tmp_path / "out" / "best.ckpt")
@@ -112,7 +112,9 @@ def test_the_backbone_gives_the_same_features_elsewhere(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(("start", "epochs"), [(0.999, 1), (0.2, 2)])
-def test_it_stops_when_the_features_become_worse_than_at_the_start(checkpoint, tmp_path, monkeypatch, start, epochs):
+def test_the_run_stops_when_the_features_become_worse_than_at_the_start(
+    checkpoint, tmp_path, monkeypatch, start, epochs
+):
     monkeypatch.setattr(continue_digits, "knn_top1", lambda *args: start)
     main(["--epochs", "2", "--warmup-steps", "0", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")])
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -123,7 +125,7 @@ def test_it_stops_when_the_features_become_worse_than_at_the_start(checkpoint, t
     assert (tmp_path / "out" / "backbone.pt").exists()
 
 
-def test_nothing_is_overwritten_and_no_checkpoint_is_missed(checkpoint, tmp_path, capsys):
+def test_a_folder_in_use_or_a_missing_checkpoint_is_an_error(checkpoint, tmp_path, capsys):
     (tmp_path / "kept.txt").touch()
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     torch.save({"backbone": {}}, tmp_path / "other.ckpt")

@@ -12,7 +12,7 @@ from dino_head.callbacks import FreezeLastLayerCallback, TeacherUpdateCallback
 from dino_head.examples.dino_module import DINO
 
 
-def test_a_training_step_is_the_loss_of_the_definition():
+def test_a_training_step_returns_the_loss_of_the_definition():
     torch.manual_seed(0)
     module = tiny_dino()
     for parameter in module.student.parameters():
@@ -29,7 +29,7 @@ def test_a_training_step_is_the_loss_of_the_definition():
     assert module.training_step(images, 0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_it_never_makes_the_logits(monkeypatch):
+def test_training_never_computes_the_logits(monkeypatch):
     monkeypatch.setattr(FactoredLogits, "logits", lambda *args: pytest.fail("multiplied"))
     trainer(max_epochs=1).fit(tiny_dino(), view_loader())
 
