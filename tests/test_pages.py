@@ -274,6 +274,7 @@ def test_the_script_of_the_pictures_runs(tmp_path, monkeypatch):
     """On a tenth of the digits."""
     (train, train_labels), test = digits()
     monkeypatch.setattr(fit_digits, "digits", lambda: ((train[:140], train_labels[:140]), test))
+    monkeypatch.setattr("dino_head.callbacks.report.charts.SHOWN", 1)
     monkeypatch.setattr(sys, "argv", ["collapse.py", "--epochs", "1", "--out", str(tmp_path)])
     runpy.run_path(str(ROOT / "docs" / "collapse.py"), run_name="__main__")
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
