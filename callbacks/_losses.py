@@ -92,16 +92,16 @@ def explain(outputs: tuple[Any, Any], sides: tuple[list[nn.Module], list[nn.Modu
     ]
     if weights:
         return (
-            f"the weights of the {' and the '.join(weights)} hold NaN or inf, so an earlier step was too large: lower "
-            "the learning rate, warm it up for longer or clip gradients, and resume from the last good checkpoint"
+            f"the weights of the {' and the '.join(weights)} contain NaN or inf, so an earlier step was too large: "
+            "lower the learning rate, warm it up for longer or clip gradients, and resume from the last good checkpoint"
         )
     if len(broken) == 2:
         return (
-            "the outputs of teacher and student are not finite while their weights are: images or augmentation hold "
-            "NaN or inf, or the precision overflows (use bf16 instead of fp16)"
+            "the outputs of teacher and student are not finite while their weights are: images or augmentation "
+            "contain NaN or inf, or the precision overflows (use bf16 instead of fp16)"
         )
     if center is not None and not center.isfinite().all():
-        return "the center holds NaN or inf: resume from the last good checkpoint"
+        return "the center contains NaN or inf: resume from the last good checkpoint"
     if broken:
         return (
             f"the outputs of the {broken[0]} are not finite while its weights and the other side are: check the parts "

@@ -65,7 +65,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
         check_number("final_momentum", final_momentum, 0, 1)
         pairs = tuple(pairs)
         if not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
-            raise ValueError(f'pairs must hold (student, teacher) names like (("student", "teacher"),), got {pairs!r}')
+            raise ValueError(f'pairs must be (student, teacher) names like (("student", "teacher"),), got {pairs!r}')
         self.pairs = tuple((student, teacher) for student, teacher in pairs)
         self.base_momentum = base_momentum
         self.final_momentum = final_momentum

@@ -67,7 +67,7 @@ def assert_accumulation_invariant(
         module, data, callbacks = make()
         batches = [part for batch in islice(data, steps) for part in _split(batch, number)]
         if not batches:
-            raise ValueError("the training data hold no batch: make() must return at least one")
+            raise ValueError("the training data contain no batch: make() must return at least one")
         options = {"max_epochs": 1, "accumulate_grad_batches": number, **trainer_options}
         _trainer(callbacks, **options).fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
         states.append(module.state_dict())
@@ -259,7 +259,7 @@ def _split(batch: Any, parts: int) -> list[Any]:
 
     split = [apply_to_collection(batch, Tensor, part, index=index) for index in range(parts)]
     if not sizes:
-        raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor of samples: use batches of tensors")
+        raise ValueError(f"a batch of type {type(batch).__name__} contains no tensor of samples: use tensors")
     return split
 
 

@@ -39,7 +39,7 @@ class ProjectionHead(nn.Module):
     def __init__(self, blocks: Sequence[Block], *, bias: bool | None = None) -> None:
         super().__init__()
         if not blocks:
-            raise ValueError("blocks must hold at least one (in, out, norm, activation), got an empty sequence")
+            raise ValueError("blocks must contain at least one (in, out, norm, activation), got an empty sequence")
         for i, (width_in, width_out, _, _) in enumerate(blocks):
             check_integer(f"the input width of block {i}", width_in, 1)
             check_integer(f"the output width of block {i}", width_out, 1)

@@ -30,10 +30,10 @@ def multicrop_forward(module: Callable[[Tensor], Tensor], views: Sequence[Tensor
     torch.Size([3, 4, 3])
     """
     if not views:
-        raise ValueError("views must hold at least one tensor (B, C, H, W), got an empty sequence")
+        raise ValueError("views must contain at least one tensor (B, C, H, W), got an empty sequence")
     if len({len(view) for view in views}) > 1:
         shapes = [tuple(view.shape) for view in views]
-        raise ValueError(f"every view must hold the same B samples, got shapes {shapes}")
+        raise ValueError(f"every view must contain the same B samples, got shapes {shapes}")
     groups: dict[torch.Size, list[int]] = {}
     for index, view in enumerate(views):
         groups.setdefault(view.shape[1:], []).append(index)

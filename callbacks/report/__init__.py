@@ -103,7 +103,8 @@ class ReportCallback(Callback):
         exists = trainer.strategy.broadcast((self._folder / "report.html").exists())
         if exists and trainer.global_step == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise MisconfigurationException(
-                f"{self._folder} holds the report of another run: move it away, or give ReportCallback another dirpath"
+                f"{self._folder} contains the report of another run: move it away, or give ReportCallback another "
+                "dirpath"
             )
         self._source = self._find_source(trainer, pl_module)
 

@@ -153,7 +153,7 @@ def flat_center(center: Tensor | float, output_dim: int) -> Tensor | float:
         return center
     if center.numel() != output_dim:
         raise ValueError(
-            f"center must be a number or hold one value for each of K = {output_dim} prototypes, got "
+            f"center must be a number or have one value for each of K = {output_dim} prototypes, got "
             f"{tuple(center.shape)}: give loss and head the same output_dim"
         )
     return center.flatten()

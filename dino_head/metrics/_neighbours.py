@@ -64,8 +64,8 @@ def check_finite(name: str, features: Tensor) -> None:
     broken = int((~features.isfinite()).flatten(end_dim=-2).any(dim=1).sum())
     if broken:
         raise ValueError(
-            f"{broken} of {features.shape[:-1].numel()} {name} hold NaN or inf: look at the images behind them, at the "
-            "network's weights and at the precision"
+            f"{broken} of {features.shape[:-1].numel()} {name} contain NaN or inf: check the images behind them, "
+            "the network's weights and the precision"
         )
 
 
