@@ -1,10 +1,10 @@
-"""Continued pre-training: the digits' model goes on with dusty images.
+"""Continued pre-training: train the model of the digits further, on dusty images.
 
     python examples/fit_digits.py                 # writes runs/digits/checkpoints/last.ckpt
-    python examples/continue_digits.py            # goes on from it, writes to runs/continued
+    python examples/continue_digits.py            # continues from it, writes to runs/continued
 
-Backbone, head and center are those of the checkpoint's teacher. The head, which may be a new one, is trained alone for
-the first steps. The run ends early if the features become worse than those it began with.
+Backbone, head and center come from the checkpoint's teacher. For the first steps, only the head, which may be a new
+one, is trained. The run ends early if the features become worse than at the start.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from dino_head.metrics import KNNAccuracy
 
 
 class DustyDigits(Digits):
-    """The same images and labels with dust on them: 15% of the pixels are random, always the same ones."""
+    """The same images and labels with dust: 15% of the pixels are random, always the same ones."""
 
     def labelled(self) -> tuple[Labelled, Labelled]:
         """Training and held-out images."""
@@ -44,25 +44,25 @@ class DustyDigits(Digits):
 
 
 def below(path: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of the submodule `path`, out of that of the whole module."""
+    """The state dict of the submodule `path`, from the state dict of the whole module."""
     return {key.removeprefix(f"{path}."): value for key, value in state.items() if key.startswith(f"{path}.")}
 
 
 def build(checkpoint: Path, prototypes: int | None = None, seed: int = 0) -> DINO:
-    """The model of a checkpoint, with its head or with a new one of so many prototypes."""
+    """The model of a checkpoint, with its head or with a new head of `prototypes` prototypes."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     backbone = conv_net()
     backbone.load_state_dict(below("teacher.backbone", state))
     head = load_head(state) if prototypes is None else DINOProjectionHead(128, 256, 64, prototypes)
     loss = DINOLoss(len(head.last_layer.weight), warmup_teacher_temp_epochs=0, teacher_temp=0.04)
     if prototypes is None:
-        loss.load_state_dict(below("loss", state))  # the center goes with the head
+        loss.load_state_dict(below("loss", state))  # the center belongs to the head
     return DINO(backbone, head, loss, digit_views(), learning_rate=1e-3, warmup_epochs=2, seed=seed)
 
 
 @torch.no_grad()
 def knn_top1(backbone: torch.nn.Module, data: Digits) -> float:
-    """What KNNProbeCallback finds, before there is a Trainer."""
+    """The same kNN accuracy as KNNProbeCallback's, before there is a Trainer."""
     (train, labels), (test, test_labels) = data.labelled()
     accuracy = KNNAccuracy(backbone.eval()(train), labels, k=10)
     accuracy.update(backbone(test), test_labels)
@@ -70,16 +70,16 @@ def knn_top1(backbone: torch.nn.Module, data: Digits) -> float:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options."""
-    parser = argparse.ArgumentParser(description="Go on with the pre-training of the digits' model, on other images.")
+    """Parse the options."""
+    parser = argparse.ArgumentParser(description="Continues the pre-training of the digits' model on other images.")
     parser.add_argument(
-        "--checkpoint", type=Path, default=Path("runs/digits/checkpoints/last.ckpt"), help="to begin with (%(default)s)"
+        "--checkpoint", type=Path, default=Path("runs/digits/checkpoints/last.ckpt"), help="to start from (%(default)s)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/continued"), help="folder of the run (%(default)s)")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the 1,400 images (%(default)s)")
-    parser.add_argument("--warmup-steps", type=int, default=21, help="in which the head alone is trained (%(default)s)")
-    parser.add_argument("--prototypes", type=int, help="of a new head (default: the head of the checkpoint)")
-    parser.add_argument("--seed", type=int, default=0, help="of order and augmentation (%(default)s)")
+    parser.add_argument("--warmup-steps", type=int, default=21, help="steps that train only the head (%(default)s)")
+    parser.add_argument("--prototypes", type=int, help="number of prototypes of a new head (default: keep the head)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of order and augmentation (%(default)s)")
     args = parser.parse_args(arguments)
     for name, least in (("epochs", 1), ("warmup_steps", 0), ("prototypes", 2), ("seed", 0)):
         value = getattr(args, name)
@@ -87,7 +87,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not args.checkpoint.exists():
         parser.error(
-            f"{args.checkpoint} is not there: run examples/fit_digits.py first, or name another with --checkpoint"
+            f"{args.checkpoint} does not exist: run examples/fit_digits.py first, or set another with --checkpoint"
         )
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         parser.error(f"{args.out} is no empty folder: choose another with --out")
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     probe = KNNProbeCallback(k=10)
     best = ModelCheckpoint(args.out, filename="best", monitor="knn/top1", mode="max")
     chance = 2 * math.sqrt(start * (1 - start) / 397)  # two standard errors of a share of the held-out images
-    # Only for falling below the start, never for want of patience.
+    # Stops only below the accuracy at the start, never for lack of improvement.
     stop = EarlyStopping("knn/top1", mode="max", patience=args.epochs, divergence_threshold=start - chance)
     warmup = FreezeLastLayerCallback(module="student.backbone", steps=args.warmup_steps)
     callbacks = [warmup, TeacherUpdateCallback(base_momentum=0.98), probe, stop, best]

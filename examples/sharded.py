@@ -7,10 +7,10 @@ from dino_head.examples.dino_module import DINO
 
 
 class ShardedDINO(DINO):
-    """DINO whose transformers are sharded block by block: whatever stands in an nn.ModuleList is a block."""
+    """DINO whose transformers are sharded block by block; each module in an nn.ModuleList is a block."""
 
     def configure_model(self) -> None:
-        """Shard both sides alike, each block of the backbone by itself, so that one at a time is whole."""
+        """Shard both sides alike, each block of the backbone separately, so that only one is gathered at a time."""
         mesh = self.device_mesh["data_parallel"]  # type: ignore[index]
         for side in (self.student, self.teacher):
             blocks = [block for part in side["backbone"].modules() if isinstance(part, nn.ModuleList) for block in part]
