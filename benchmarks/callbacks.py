@@ -1,10 +1,10 @@
-"""What the callbacks cost in a step: their hooks, in microseconds, and the teacher's average beside the usual loop.
+"""Cost of the callbacks in a step: their hooks, in microseconds, and the teacher's average beside the usual loop.
 
-Hooks: those of one step are called in a running Trainer, on numbers so few that arithmetic takes no time; but the
-freeze is on a head of a real size. Its proof (the comparison of values) runs after the first two steps of a fit and at
-the end of each frozen epoch, and is listed by itself.
+Hooks: the hooks of one step are called in a running Trainer, with so few parameters that arithmetic takes no time; only
+the frozen head has a realistic size. The comparison of its values runs after the first two steps of a fit and at the
+end of each frozen epoch, and is listed separately.
 
-Average: of the parameters of a ViT-S/16 with its head, against a Python loop over them as in the authors' code.
+Average: the parameters of a ViT-S/16 with its head, against a Python loop over them as in the authors' code.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, Teach
 
 
 class Module(LightningModule):
-    """A head of a real size to freeze, and a student, teacher and loss of two numbers each."""
+    """A head of realistic size to freeze, and a student, teacher and loss of two numbers each."""
 
     def __init__(self, output_dim: int) -> None:
         super().__init__()
         self.head = DINOProjectionHead(384, 2048, 256, output_dim, batch_norm=False, freeze_last_layer=1_000_000)
         self.student = nn.Linear(1, 1)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.loss = DINOLoss(2, centering="sinkhorn")  # without a center to move
+        self.loss = DINOLoss(2, centering="sinkhorn")  # without a center to update
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """Any loss that reaches the last layer."""
@@ -50,10 +50,10 @@ class Measure(Callback):
 
     def __init__(self, callbacks: dict[str, Callback], rounds: int, calls: int) -> None:
         self.callbacks, self.rounds, self.calls = callbacks, rounds, calls
-        self.figures: dict[str, list[float]] = {}
+        self.times: dict[str, list[float]] = {}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Everything is in place here, and nothing else runs."""
+        """Measure here, where everything is set up and nothing else runs."""
         optimizer = trainer.optimizers[0]
         layer = pl_module.head.last_layer  # type: ignore[union-attr]
         gradient, value = torch.zeros_like(layer.weight_v), torch.zeros(())  # type: ignore[union-attr, arg-type]
@@ -64,7 +64,7 @@ class Measure(Callback):
             callback.setup(trainer, pl_module, "fit")
             callback.on_train_start(trainer, pl_module)
             note_step[name] = list(optimizer._optimizer_step_post_hooks.values())
-            callback.on_train_end(trainer, pl_module)  # takes its hooks away
+            callback.on_train_end(trainer, pl_module)  # removes its hooks
             callback.on_train_start(trainer, pl_module)
             optimizer._optimizer_step_post_hooks.clear()
 
@@ -91,7 +91,7 @@ class Measure(Callback):
         start = time.perf_counter()
         for _ in range(calls):
             call()
-        self.figures.setdefault(name, []).append((time.perf_counter() - start) / calls * 1e6)
+        self.times.setdefault(name, []).append((time.perf_counter() - start) / calls * 1e6)
 
 
 def vit_small(output_dim: int) -> nn.Module:
@@ -103,13 +103,13 @@ def vit_small(output_dim: int) -> nn.Module:
 
 @torch.no_grad()
 def python_loop(teachers: list[torch.Tensor], students: list[torch.Tensor], momentum: float) -> None:
-    """One parameter after the other."""
+    """Average one parameter after the other."""
     for teacher, student in zip(teachers, students, strict=True):
         teacher.data.mul_(momentum).add_((1 - momentum) * student.detach().data)
 
 
 def average(rounds: int, output_dim: int) -> dict[str, float]:
-    """Median milliseconds of an average, by the loop and as the callback makes it."""
+    """Median milliseconds of an average, with the loop and with the callback's function."""
     student = vit_small(output_dim)
     students, teachers = list(student.parameters()), list(copy.deepcopy(student).parameters())
     ours = get_ema_multi_avg_fn(0.996)
@@ -127,7 +127,7 @@ def average(rounds: int, output_dim: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print a table."""
+    """Print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds (%(default)s)")
     parser.add_argument("--calls", type=int, default=2000, help="steps in a round (%(default)s)")
@@ -151,7 +151,7 @@ def main() -> None:
         enable_model_summary=False,
     )
     trainer.fit(Module(args.prototypes), DataLoader(TensorDataset(torch.zeros(2))))
-    medians = {name: statistics.median(values) for name, values in measure.figures.items()}
+    medians = {name: statistics.median(values) for name, values in measure.times.items()}
     print(f"K = {args.prototypes}, median of {args.rounds} rounds")
     arithmetic = {"freeze": 0.0, "teacher": medians["arithmetic"], "schedule": 0.0}
     for name, own in arithmetic.items():

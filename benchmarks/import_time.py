@@ -1,4 +1,4 @@
-"""What `import dino_head` costs beside `import torch`: paired runs in fresh processes, median of their ratios."""
+"""Time of `import dino_head` relative to `import torch`: paired runs in fresh processes, median of their ratios."""
 
 import argparse
 import statistics
@@ -8,7 +8,7 @@ import time
 
 
 def seconds(statement: str) -> float:
-    """Wall time of a Python process that runs the statement, less nothing: both sides pay the interpreter's start."""
+    """Wall time of a Python process that runs the statement, including the start of the interpreter."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-W", "ignore", "-c", statement], check=True)
     return time.perf_counter() - start
@@ -19,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=21, help="pairs of runs (%(default)s)")
     rounds = parser.parse_args().rounds
-    seconds("import dino_head")  # fill the disk's cache
+    seconds("import dino_head")  # fill the disk cache
     pairs = [(seconds("import torch"), seconds("import dino_head")) for _ in range(rounds)]
     ratio = statistics.median(ours / torch for torch, ours in pairs)
     base = statistics.median(torch for torch, _ in pairs)

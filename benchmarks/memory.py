@@ -1,10 +1,10 @@
-"""Memory of head and loss in training, by K, batch, views and precision: what stays, and the most of a step above it.
+"""Memory of head and loss in training, by K, batch, views and precision: permanent, and the additional peak of a step.
 
     python benchmarks/memory.py                    # on a CPU (Linux)
     python benchmarks/memory.py --device cuda
 
-Stays: student's and teacher's head, gradients, AdamW's two moments, center. Of a step: forward of both heads on
-features, loss and backward; on `factored_logits`, and on logits with a loop over pairs of views. A process each.
+Permanent: both heads, gradients, AdamW's two moments, center. Step: forward of both heads on features, loss and
+backward, with `factored_logits`, and on logits with a loop over pairs of views. Each case runs in its own process.
 """
 
 import argparse
@@ -19,11 +19,11 @@ from torch.nn import functional as F
 
 from dino_head import DINOLoss, DINOProjectionHead
 
-WIDTH = 384  # of ViT-S features; the head has the published widths, 2048 and 256
+WIDTH = 384  # width of ViT-S features; the head has the published widths, 2048 and 256
 
 
 def resident(key: str, device: str) -> int:
-    """Bytes in use, or the most that were."""
+    """Bytes in use, or their peak."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() if key == "VmHWM" else torch.cuda.memory_allocated()
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key)]
@@ -31,7 +31,7 @@ def resident(key: str, device: str) -> int:
 
 
 def measure(outputs: int, batch: int, views: int, bf16: bool, way: str, device: str) -> tuple[int, int]:
-    """What stays and the most of a step above it, in bytes; for a process that does nothing else."""
+    """Permanent bytes, and the additional peak of a step; call it in a process that does nothing else."""
 
     def step(student: DINOProjectionHead, teacher: DINOProjectionHead, loss: DINOLoss, features: torch.Tensor) -> None:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
@@ -58,7 +58,7 @@ def measure(outputs: int, batch: int, views: int, bf16: bool, way: str, device: 
         return student, teacher, loss, torch.optim.AdamW(student.parameters())
 
     small = make(64)
-    step(*small[:3], torch.randn(views, 2, WIDTH, device=device))  # libraries take their memory at first use
+    step(*small[:3], torch.randn(views, 2, WIDTH, device=device))  # libraries allocate memory on first use
     small[3].step()
     del small
     before = resident("VmRSS", device)
@@ -71,7 +71,7 @@ def measure(outputs: int, batch: int, views: int, bf16: bool, way: str, device: 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
     now = resident("VmRSS", device)
     step(student, teacher, loss, features)
     return stays, resident("VmHWM", device) - now
@@ -81,8 +81,8 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prototypes", type=int, nargs="+", default=[4096, 65_536, 262_144], help="K (%(default)s)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[32, 128], help="samples (%(default)s)")
-    parser.add_argument("--views", type=int, nargs="+", default=[2, 10], help="2 of them global (%(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 128], help="samples per batch (%(default)s)")
+    parser.add_argument("--views", type=int, nargs="+", default=[2, 10], help="views, 2 of them global (%(default)s)")
     parser.add_argument("--precision", nargs="+", default=["32", "bf16"], choices=["32", "bf16"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--of", choices=["factored", "logits"], help=argparse.SUPPRESS)

@@ -1,12 +1,12 @@
-"""What the last layer and the objective cost: time and memory of a forward and a backward, beside the bare products.
+"""Time and memory of a forward and a backward of the last layer and the objective, beside the bare matrix products.
 
-    python benchmarks/objective.py                               # the table of the README
+    python benchmarks/objective.py                               # the table in docs/benchmarks.md
     python benchmarks/objective.py --device cuda --bf16 --batch 64
 
-Every variant takes unit vectors of 2 global and 8 local views and both sides' prototypes, and leaves gradients in the
-student's. Before anything is timed, losses and gradients are compared with those of the loop over pairs.
-Time: interleaved rounds in one process, medians. Memory: a process of its own for each variant; the most that it ever
-held above its inputs, weights and their gradients.
+Every variant gets unit vectors of 2 global and 8 local views and the prototypes of both sides, and computes the
+student's gradients. Before timing, losses and gradients are compared with those of the loop over pairs.
+Time: medians of interleaved rounds in one process. Memory: peak above inputs, weights and their gradients, each variant
+in its own process.
 """
 
 import argparse
@@ -33,11 +33,11 @@ TEACHER_TEMP, STUDENT_TEMP = 0.04, 0.1
 
 
 def floor(teacher: Side, student: Side, _: Tensor) -> Tensor:
-    """The matrix products that any exact method needs, and nothing else; the gradients are not the objective's."""
+    """The matrix products that any exact method needs, and nothing else; their gradients are meaningless."""
     z, prototypes = (tensor.to(product_dtype(tensor.device)) for tensor in student)
     with torch.no_grad():
         F.linear(teacher.z.flatten(0, 1).to(z.dtype), teacher.prototypes.to(z.dtype))
-        logits = F.linear(z.flatten(0, 1), prototypes)  # stands for the gradient in the logits, too
+        logits = F.linear(z.flatten(0, 1), prototypes)  # also stands for the gradient of the logits
         student.prototypes.grad = (logits.T @ z.flatten(0, 1)).float()
         student.z.grad = (logits @ prototypes).float().view_as(z)
     return student.z.new_zeros(())
@@ -54,7 +54,7 @@ def usual_loss(teacher: Tensor, student: Tensor, center: Tensor) -> Tensor:
 
 
 def pairwise_loss(teacher: Tensor, student: Tensor, center: Tensor) -> Tensor:
-    """A loop over pairs of views, as in the authors' code: log-softmax is taken anew for each pair."""
+    """A loop over pairs of views, as in the authors' code, which computes log-softmax for each pair."""
     targets = F.softmax((teacher.flatten(0, 1) - center[0]) / TEACHER_TEMP, dim=-1)
     views = (student.flatten(0, 1) / STUDENT_TEMP).chunk(VIEWS)
     losses = []
@@ -66,12 +66,12 @@ def pairwise_loss(teacher: Tensor, student: Tensor, center: Tensor) -> Tensor:
 
 
 def our_loss(teacher: Any, student: Any, center: Tensor) -> Tensor:
-    """This library."""
+    """The loss of this library."""
     return dino_loss(teacher, student, center=center, teacher_temp=TEACHER_TEMP, student_temp=STUDENT_TEMP)
 
 
 def on_logits(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Variant:
-    """As in a training step: the logits live until it returns the loss."""
+    """Apply a loss to logits as in a training step, where the logits stay in memory until it returns the loss."""
 
     def training_step(teacher: Side, student: Side, center: Tensor) -> Tensor:
         with torch.no_grad():
@@ -94,12 +94,12 @@ VARIANTS: dict[str, Variant] = {
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
-    """Autocast's type where it is on, else float32."""
+    """Autocast's type if it is on, else float32."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def make(outputs: int, batch: int, device: str) -> tuple[Side, Side, Tensor]:
-    """Random sides and a center."""
+    """Random inputs of both sides and a center."""
     torch.manual_seed(0)
     sides = []
     for views in (TEACHER_VIEWS, VIEWS):
@@ -111,7 +111,7 @@ def make(outputs: int, batch: int, device: str) -> tuple[Side, Side, Tensor]:
 
 
 def run(name: str, case: tuple[Side, Side, Tensor], bf16: bool) -> Tensor:
-    """One forward and backward from None as gradients."""
+    """Run one forward and backward, starting without gradients."""
     teacher, student, center = case
     for tensor in student:
         tensor.grad = None
@@ -125,7 +125,7 @@ def run(name: str, case: tuple[Side, Side, Tensor], bf16: bool) -> Tensor:
 
 
 def check(names: list[str], case: tuple[Side, Side, Tensor], bf16: bool) -> None:
-    """Stop if losses or gradients differ from those of the loop over pairs."""
+    """Exit if losses or gradients differ from those of the loop over pairs."""
     student = case[1]
     expected = run("pairwise", case, bf16)
     gradients = [tensor.grad for tensor in student]
@@ -158,8 +158,8 @@ def seconds(name: str, case: tuple[Side, Side, Tensor], bf16: bool) -> float:
 
 
 def memory_here(name: str, outputs: int, batch: int, device: str, bf16: bool) -> int:
-    """Most bytes that a run held above inputs, weights and their gradients; for a process that does nothing else."""
-    run(name, make(16, 2, device), bf16)  # libraries take their memory at first use
+    """Peak bytes of a run above inputs, weights and their gradients; call it in a process that does nothing else."""
+    run(name, make(16, 2, device), bf16)  # libraries allocate memory on first use
     case = make(outputs, batch, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -167,7 +167,7 @@ def memory_here(name: str, outputs: int, batch: int, device: str, bf16: bool) ->
         run(name, case, bf16)
         peak = torch.cuda.max_memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
         before = _status("VmRSS")
         run(name, case, bf16)
         peak = _status("VmHWM")
@@ -181,7 +181,7 @@ def _status(key: str) -> int:
 
 
 def measure(outputs: int, batch: int, args: argparse.Namespace) -> list[dict[str, object]]:
-    """A row for each variant."""
+    """Measure one case; one row for each variant."""
     names = [name for name in VARIANTS if not (args.bf16 and name == "factored bf16")]
     case = make(outputs, batch, args.device)
     check(names, case, args.bf16)
@@ -218,14 +218,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    """Print the table, and write it to a file if asked."""
+    """Print the table, and write it to a file with --json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prototypes", type=int, nargs="+", default=[4096, 65_536, 262_144], help="K (%(default)s)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[32, 128], help="samples (%(default)s)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[32, 128], help="samples per batch (%(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (%(default)s)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--bf16", action="store_true", help="all variants under bf16 autocast")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to a file")
     parser.add_argument("--memory-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:

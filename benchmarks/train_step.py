@@ -1,11 +1,11 @@
-"""A whole training step, beside the same backbone, head and views written the usual way.
+"""Time of a whole training step, beside the usual implementation with the same backbone, head and views.
 
     python benchmarks/train_step.py                                  # ViT-tiny, K = 65,536
     python benchmarks/train_step.py --device cuda --size small --batch 64 --precision bf16
 
 The usual way: a forward for each view, logits in memory, a loop over pairs of views, and a Python loop over the
-parameters for the teacher's average. Both sides: two global views of 224 and eight local ones of 96 pixels, AdamW.
-The backbone alone is what both need: its forward and backward of all views. Steps are interleaved, medians.
+parameters for the teacher's average. Both use two global views of 224 and eight local ones of 96 pixels, and AdamW.
+The backbone alone, a forward and backward of all views, is timed as well. Steps are interleaved; times are medians.
 """
 
 import argparse
@@ -26,7 +26,7 @@ MOMENTUM = 0.996
 
 
 class Usual:
-    """As it is written in many places."""
+    """The usual implementation."""
 
     def __init__(self, student: nn.ModuleDict, output_dim: int) -> None:
         self.student = student
@@ -34,7 +34,7 @@ class Usual:
         self.center = torch.zeros(1, output_dim, device=next(student.parameters()).device)
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        """One forward a view, and all logits."""
+        """One forward per view, and all logits in memory."""
         student = [self.student["head"](self.student["backbone"](view)) / 0.1 for view in views]
         with torch.no_grad():
             logits = [self.teacher["head"](self.teacher["backbone"](view)) for view in views[:2]]
@@ -57,7 +57,7 @@ class Usual:
 
 
 class Ours:
-    """The example's module; `follow` is what TeacherUpdateCallback does."""
+    """The example's module; `follow` does the same as TeacherUpdateCallback."""
 
     def __init__(self, student: nn.ModuleDict, output_dim: int) -> None:
         loss = DINOLoss(output_dim, warmup_teacher_temp_epochs=0, teacher_temp=0.04)
@@ -69,7 +69,7 @@ class Ours:
         self.teachers = [parameter.detach() for parameter in self.module.teacher.parameters()]
 
     def loss(self, views: list[Tensor]) -> Tensor:
-        """One forward a resolution, and no logits."""
+        """One forward per resolution, without logits in memory."""
         student = self.module.outputs(self.module.student, views)
         with torch.no_grad():
             teacher = self.module.outputs(self.module.teacher, views[:2])
@@ -89,9 +89,9 @@ def main() -> None:
     parser.add_argument("--size", choices=[*VIT], default="tiny")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prototypes", type=int, default=65536)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the views' sides")
+    parser.add_argument("--scale", type=float, default=1.0, help="scale of the views' sides")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="bf16: by autocast")
+    parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="bf16 uses autocast")
     args = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device(args.device)

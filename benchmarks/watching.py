@@ -1,8 +1,8 @@
-"""What it costs to watch a run: the digits with CollapseMonitorCallback and KNNProbeCallback, and without.
+"""Cost of monitoring a run: the digits with and without CollapseMonitorCallback and KNNProbeCallback.
 
-Runs are paired: in each round one without, two with, and one without, so that a machine that becomes slower or faster
-counts for both. As such runs differ by several percent anyway, the time that is spent in the callbacks is measured too.
-The report's is listed by itself: it does not depend on the length of the run.
+Each round has one run without, two runs with, and one run without the callbacks, so that drift of the machine affects
+both. As such runs differ by several percent anyway, the time spent in the callbacks is measured too. The time of the
+report is listed separately, as it does not depend on the length of the run.
 """
 
 import argparse
@@ -46,18 +46,18 @@ def seconds(epochs: int, *callbacks: Any) -> float:
 
 
 def watching() -> list[Any]:
-    """As in examples/fit_digits.py."""
+    """The callbacks, with the options of examples/fit_digits.py."""
     return [CollapseMonitorCallback(every_n_steps=10), KNNProbeCallback(k=10, every_n_epochs=5)]
 
 
 class Spent:
-    """Counts the time that is spent in some methods."""
+    """Sums up the time spent in some methods."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def count(self, owner: Any, *names: str) -> None:
-        """Count the time of the owner's methods of these names from now on."""
+        """From now on, add the time of the owner's methods with these names."""
         for name in names:
             setattr(owner, name, self._counted(getattr(owner, name)))
 
@@ -77,10 +77,10 @@ def main() -> None:
     """Print the median of the ratios of all rounds, and the time of a report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--epochs", type=int, default=10, help="of each run; the first, fifth and tenth are probed")
+    parser.add_argument("--epochs", type=int, default=10, help="epochs of each run; 1, 5 and 10 are probed")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    seconds(1, *watching())  # what is done once a process
+    seconds(1, *watching())  # work that is done once per process
     ratios, shares = [], []
     spent = Spent()
     spent.count(Measurement, "_measure")  # within the forward of the loss

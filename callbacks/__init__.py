@@ -1,4 +1,4 @@
-"""Lightning callbacks: the training rules of DINO, and callbacks that watch a run."""
+"""Lightning callbacks: the training rules of DINO, and callbacks that monitor a run."""
 
 from dino_head.callbacks.collapse_monitor import CollapseMonitorCallback
 from dino_head.callbacks.freeze_last_layer import FreezeLastLayerCallback

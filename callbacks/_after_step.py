@@ -1,4 +1,4 @@
-"""Callbacks that act after each real optimizer step, once, and how long their run is."""
+"""Base classes of callbacks that act once after each real optimizer step or follow a schedule over the run."""
 
 from typing import Any
 
@@ -15,17 +15,17 @@ from dino_head._arguments import check_integer
 class AfterOptimizerStep(Callback):
     """Calls `after_optimizer_step` once for each batch in which an optimizer stepped, and saves the count.
 
-    PyTorch's post-hook of the optimizers records a step, and `on_train_batch_end` acts on it. So batches inside an
+    A post-hook of the optimizers records a step, and `on_train_batch_end` acts on it. So batches inside an
     accumulation window and steps that a GradScaler skips do not count, and steps of raw optimizers do.
     (`trainer.global_step` counts skipped steps and no raw optimizers; `on_before_zero_grad` is one step late and misses
     the last one.) The hooks of callbacks run before ModelCheckpoint's, so a checkpoint contains the result of its step.
 
-    Not seen are steps in which the optimizer itself does nothing, and optimizers that Lightning does not know.
+    It cannot detect steps in which the optimizer itself does nothing, or optimizers that Lightning does not know.
     """
 
     def __init__(self) -> None:
         self.steps_taken = 0
-        self._has_count = False  # from a checkpoint, or from an earlier fit of the same trainer
+        self._has_count = False  # whether a checkpoint or an earlier fit of this Trainer set `steps_taken`
         self._is_pending = False  # an optimizer stepped, and `after_optimizer_step` has not been called yet
         self._step_hooks: list[Any] = []
 
@@ -35,18 +35,18 @@ class AfterOptimizerStep(Callback):
         raise NotImplementedError
 
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Act on the step, which `steps_taken` already counts."""
+        """Act on a step, which `steps_taken` already includes."""
         raise NotImplementedError
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run, before a checkpoint is loaded."""
+        """Reset the state of an earlier run, before a checkpoint is loaded."""
         if stage == "fit" and trainer.global_step == 0 and trainer.current_epoch == 0:
             self._has_count = self._is_pending = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Hook the optimizers, and continue from the saved count or start one."""
-        # In the middle of an epoch Lightning restores a loader while it sets the data up, and silently does not if the
-        # data were set up before.
+        """Add hooks to the optimizers, and continue from the saved count or start a new one."""
+        # In the middle of an epoch, Lightning restores a loader while it sets the data up, and silently skips this if
+        # the data were set up before.
         if trainer.fit_loop.restarting and any(getattr(trainer.fit_loop, "_combined_loader_states_to_load", ())):
             raise MisconfigurationException(
                 "the state of the data loader was not restored from the checkpoint, which would change the order of "
@@ -61,7 +61,7 @@ class AfterOptimizerStep(Callback):
         self._catch_up(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Act on a step that this batch took."""
+        """Act, if an optimizer stepped in this batch."""
         self._catch_up(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,7 +73,7 @@ class AfterOptimizerStep(Callback):
         self._unhook()
 
     def state_dict(self) -> dict[str, Any]:
-        """The count, and the receipt so far."""
+        """The count of steps, and the receipt so far."""
         return {"steps_taken": self.steps_taken, "is_pending": self._is_pending, "receipt": self.receipt}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ class AfterOptimizerStep(Callback):
         self._has_count = True
 
     def require_steps(self, trainer: Trainer, seen: int) -> None:
-        """Raise an error at the end of an epoch in which no optimizer step could be seen."""
+        """Raise an error at the end of an epoch without any detected optimizer step."""
         if seen == 0 and trainer.global_step == 0 and not trainer.should_stop:
             raise MisconfigurationException(
                 f"{type(self).__name__} counts optimizer steps, and saw none in a whole epoch: under manual "
@@ -91,7 +91,7 @@ class AfterOptimizerStep(Callback):
             )
 
     def _note_step(self, optimizer: Optimizer, *_: Any) -> None:
-        # A GradScaler also calls fused optimizers in a step that they have to skip, and tells them by `found_inf`.
+        # A GradScaler also calls fused optimizers for a step that they have to skip, which it marks by `found_inf`.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not found_inf.item():
             self._is_pending = True
@@ -109,30 +109,31 @@ class AfterOptimizerStep(Callback):
 
 
 class AfterScheduledStep(AfterOptimizerStep):
-    """Follows a schedule over all optimizer steps of a run, whose number is fixed at the start of the run and saved.
+    """Follows a schedule over all optimizer steps of a run; its length is fixed at the start of the run and saved.
 
-    A run that is resumed with another length would silently follow another schedule from there on; that is an error
-    unless `total_steps` chooses a length.
+    A run that is resumed with another length would silently follow another schedule from there on; this raises an
+    error unless `total_steps` sets the length.
 
     Args:
-        total_steps: Optimizer steps of the whole schedule; None: the length of the run, from the Trainer.
+        total_steps: Number of optimizer steps of the whole schedule, >= 1; None for the length of the run, from the
+            Trainer.
     """
 
     def __init__(self, total_steps: int | None) -> None:
         super().__init__()
         if total_steps is not None:
             check_integer("total_steps", total_steps, 1, " (optimizer steps of the whole schedule)")
-            total_steps = int(total_steps)  # a number of NumPy could not be loaded from a checkpoint
+            total_steps = int(total_steps)  # NumPy integers could not be loaded from a checkpoint
         self.total_steps = total_steps
-        self._horizon: int | None = None  # the number in force
+        self._horizon: int | None = None  # number of steps of the current schedule
 
     @property
     def needs_horizon(self) -> bool:
-        """Whether anything depends on the length of the run."""
+        """Whether the schedule depends on the length of the run."""
         return True
 
     def progress(self) -> str:
-        """The steps taken, and the steps of the schedule."""
+        """Text with the steps taken and the steps of the schedule."""
         if not self.needs_horizon or self._horizon is None:
             return f"{self.steps_taken} optimizer steps"
         if self.steps_taken > self._horizon:
@@ -140,13 +141,13 @@ class AfterScheduledStep(AfterOptimizerStep):
         return f"{self.steps_taken} of {self._horizon} optimizer steps"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run, before a checkpoint is loaded."""
+        """Reset the state of an earlier run, before a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not self._has_count:
             self._horizon = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Fix the length of the schedule, or compare it with the length at the start of the run."""
+        """Set the length of the schedule, or compare it with the length at the start of the run."""
         if self.needs_horizon:
             horizon = self.total_steps or self._length(trainer)
             if self._horizon not in (None, horizon) and self.total_steps is None:
@@ -161,7 +162,7 @@ class AfterScheduledStep(AfterOptimizerStep):
         super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise an error if the number of batches or their accumulation has changed since the run began."""
+        """Raise an error if the number of batches or their accumulation has changed since the start of the run."""
         if self.needs_horizon and self.total_steps is None and self._length(trainer) != self._horizon:
             raise MisconfigurationException(
                 f"{type(self).__name__} follows a schedule of {self._horizon} optimizer steps, but with the batches "
@@ -213,7 +214,7 @@ def find_submodule(pl_module: LightningModule, name: str, argument: str) -> nn.M
 
 
 def local_part(parameter: Tensor) -> Tensor:
-    """This process's part of a parameter that may be sharded, in the parameter's own memory, without gradient."""
+    """This process's part of a parameter that may be sharded: a view of the parameter's memory, without gradient."""
     value = parameter.detach()
     return value.to_local() if isinstance(value, DTensor) else value
 

@@ -1,4 +1,4 @@
-"""Features of labelled data during training, which they leave bitwise unchanged.
+"""Features of labelled data, computed during training without changing it.
 
 Sizes: N samples, D features.
 """
@@ -34,7 +34,7 @@ class Labelled(NamedTuple):
 
 @contextmanager
 def evaluation(pl_module: LightningModule) -> Iterator[None]:
-    """Evaluation mode without gradients; restores modes and random states.
+    """Context of evaluation mode without gradients; restores modes and random states.
 
     Inside, random numbers are the same each time and in each process.
     """
@@ -58,10 +58,10 @@ def evaluation(pl_module: LightningModule) -> Iterator[None]:
 def labelled_loaders(
     trainer: Trainer, train: Iterable[Any] | None, test: Iterable[Any] | None, callback: str
 ) -> Loaders:
-    """The two loaders, from the datamodule (or the LightningModule) where one is None.
+    """Return the two loaders; the datamodule (or the LightningModule) replaces one that is None.
 
-    Its `knn_dataloaders()` returns them, if it has this method, else train_dataloader() and val_dataloader(), or
-    test_dataloader().
+    It calls `knn_dataloaders()` if this method exists, else train_dataloader() and val_dataloader() (or
+    test_dataloader()).
     """
     if train is not None and test is not None:
         return train, test
@@ -84,7 +84,7 @@ def labelled_loaders(
 
 
 def some_batches(loader: Iterable[Any], max_samples: int, rank: int = 0, world: int = 1) -> Iterator[Any]:
-    """This process's share of about `max_samples` samples at most: whole batches, spread evenly over the loader.
+    """Yield this process's share of at most about `max_samples` samples: whole batches, evenly spread over the loader.
 
     An iterable without indices yields its first batches. The state of the loader's own generator is restored.
     """
@@ -118,7 +118,7 @@ def some_batches(loader: Iterable[Any], max_samples: int, rank: int = 0, world: 
 
 
 def _batches_of_indices(loader: Iterable[Any]) -> list[list[int]] | None:
-    """The batches of an ordinary DataLoader over data with a length; None for any other iterable."""
+    """The batches of indices of an ordinary DataLoader over data with a length; None for any other iterable."""
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         return None
     if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
@@ -138,7 +138,7 @@ def _load(loader: DataLoader[Any], batches: list[list[int]]) -> Iterable[Any]:
 
 
 def features_of(pl_module: LightningModule, trainer: Trainer, module: nn.Module, inputs: Any) -> Tensor:
-    """Inputs of a batch -> features (B, D) in float32, under the Trainer's precision.
+    """Inputs of a batch -> features (B, D) in float32, computed with the Trainer's precision.
 
     Raises:
         ValueError: The output is not (B, D).
@@ -172,7 +172,7 @@ def split(batch: Any) -> tuple[Any, Tensor, Tensor | None]:
 
 
 def as_text(error: Exception) -> str:
-    """Text of an error that does not end the run; messages of our own errors need no type in front."""
+    """Text of an error that does not end the run; ValueErrors, which are our own, need no type in front."""
     return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
 
 
@@ -184,7 +184,7 @@ def is_sharded(module: nn.Module) -> bool:
 def extract(
     trainer: Trainer, pl_module: LightningModule, module: nn.Module, loader: Iterable[Any], max_samples: int
 ) -> Labelled:
-    """Features of labelled data; the processes divide the work, and all get the same result.
+    """Compute features of labelled data; the processes divide the work, and all get the same result.
 
     Raises:
         ValueError: In all processes, if any of them failed: no batch, no labels, other outputs than (B, D), or an error
@@ -201,7 +201,7 @@ def extract(
             targets.append(torch.stack([labels] if groups is None else [labels, groups], dim=1).to(pl_module.device))
         nothing = torch.empty(0, 0, device=pl_module.device)
         mine = [torch.cat(features or [nothing]), torch.cat(targets or [nothing.long()])]
-    except Exception as raised:  # any error of the user's code: the other processes wait
+    except Exception as raised:  # any error of the user's code, as the other processes wait
         error = raised
     if trainer.strategy.reduce_boolean_decision(error is not None, all=False):
         raise ValueError("another process failed to compute features" if error is None else as_text(error)) from error

@@ -1,4 +1,4 @@
-"""The DINOLoss modules of a LightningModule in training: their centers wait for the step, their values are checked."""
+"""The DINOLoss modules of a LightningModule in training: center updates are deferred, loss values are checked."""
 
 import inspect
 import math
@@ -14,9 +14,9 @@ from dino_head.losses import DINOLoss
 
 
 class GuardedLosses:
-    """All DINOLoss modules of a LightningModule.
+    """All DINOLoss modules of a LightningModule, with deferred center updates and a check for finite values.
 
-    They are guarded within batches alone. Copies made between batches are then plain modules, and calls between batches
+    They are guarded only within batches. Copies made between batches are then plain modules, and calls between batches
     do not mix with the sums of an accumulation window.
     """
 
@@ -40,7 +40,7 @@ class GuardedLosses:
             self.hooks.append(loss.register_forward_hook(self._check_finite, with_kwargs=True))
 
     def release(self) -> None:
-        """Make the losses plain modules again, and keep what they collected for their centers."""
+        """Make the losses plain modules again, and keep the sums that they collected for their centers."""
         if not self.hooks:
             return
         for hook in self.hooks:
@@ -51,7 +51,7 @@ class GuardedLosses:
             self.collected[index], loss._collected = loss._collected, None
 
     def discard(self) -> None:
-        """Drop what was collected in an interrupted step."""
+        """Discard the sums of an interrupted step."""
         self.collected = [None] * len(self.losses)
 
     def apply_center_updates(self) -> None:
@@ -92,16 +92,16 @@ def explain(outputs: tuple[Any, Any], sides: tuple[list[nn.Module], list[nn.Modu
     ]
     if weights:
         return (
-            f"the weights of the {' and the '.join(weights)} hold NaN or inf, so an earlier step was too large: lower "
-            "the learning rate, warm it up for longer or clip gradients, and resume from the last good checkpoint"
+            f"the weights of the {' and the '.join(weights)} contain NaN or inf, so an earlier step was too large: "
+            "lower the learning rate, warm it up for longer or clip gradients, and resume from the last good checkpoint"
         )
     if len(broken) == 2:
         return (
-            "the outputs of teacher and student are not finite while their weights are: images or augmentation hold "
-            "NaN or inf, or the precision overflows (use bf16 instead of fp16)"
+            "the outputs of teacher and student are not finite while their weights are: images or augmentation "
+            "contain NaN or inf, or the precision overflows (use bf16 instead of fp16)"
         )
     if center is not None and not center.isfinite().all():
-        return "the center holds NaN or inf: resume from the last good checkpoint"
+        return "the center contains NaN or inf: resume from the last good checkpoint"
     if broken:
         return (
             f"the outputs of the {broken[0]} are not finite while its weights and the other side are: check the parts "

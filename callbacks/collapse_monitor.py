@@ -1,4 +1,4 @@
-"""The parts of the loss, measured while DINO trains, with a diagnosis when training collapses."""
+"""A callback that logs the parts of the loss while DINO trains, and diagnoses a collapse."""
 
 import inspect
 import math
@@ -32,39 +32,39 @@ Fingerprints = list[tuple[list[int], list[int]]]
 
 
 class CollapseMonitorCallback(Callback):
-    """Logs the parts of the loss and the rank of the embeddings, and names a collapse in words.
+    """Logs the parts of the loss and the rank of the embeddings, and warns of a collapse with a remedy.
 
         Trainer(callbacks=[CollapseMonitorCallback(), ...])
 
-    It measures the inputs of the module's DINOLoss, through a hook that exists during the measured batches alone, and
+    It measures the inputs of the module's DINOLoss, through a hook that exists only during the measured batches, and
     logs `dino/...`: the values of `DINOStatistics`, and `dino/rankme`, the effective rank (`RankMe`) of the teacher's
     embeddings in that batch (z of FactoredLogits; of logits, at most 512 columns spread evenly). Values cover all
-    processes; prototype usage covers the last `patience` measurements. Loggers get the values at once, and the progress
-    bar shows `dino/loss_normalized`. ModelCheckpoint and EarlyStopping can monitor the last measurement of any value
-    (`dino/rankme` with mode="max" where there are no labels).
+    processes; prototype usage covers the last `patience` measurements. Loggers receive the values immediately, and the
+    progress bar shows `dino/loss_normalized`. ModelCheckpoint and EarlyStopping can monitor the last measurement of
+    any value (without labels, `dino/rankme` with mode="max").
 
     Every diagnosis (`diagnose`) uses the averages of the last `patience` measurements and the rank of all their
     embeddings. It is reported once, with epoch and step: a collapse as a warning, a case that may be harmless as
-    information. Whether the teacher follows is read from its weights, which are compared with the first measurement's.
+    information. To detect a teacher that does not follow, the weights are compared with those at the first measurement.
 
-    Training is bitwise the same with and without it. Between measurements nothing is kept on the device.
+    Training is bitwise the same with and without it. Between measurements, no memory on the device is used.
 
     Args:
-        every_n_steps: Training batches from one measurement to the next; the first batch is measured.
-        patience: Number of measurements that a diagnosis averages over.
+        every_n_steps: Number of training batches from one measurement to the next, >= 1; the first batch is measured.
+        patience: Number of measurements that a diagnosis averages over, >= 1.
         stop: Whether a collapse ends the run, as EarlyStopping does; dead prototypes, which may be harmless, do not.
-        loss: Name of the DINOLoss, as `named_modules()` lists it; None: the only one.
-        pairs: Names of the (student, teacher) submodules; None: the pairs of TeacherUpdateCallback, or else `student`
-            and `teacher`.
+        loss: Name of the DINOLoss, as in `named_modules()`; None if there is only one.
+        pairs: Names of the (student, teacher) submodules; None for the pairs of TeacherUpdateCallback, or else
+            `student` and `teacher`.
 
     Attributes:
         history: Values of each measurement, with `epoch`, `step` (optimizer steps) and scheduled values. A long run
-            keeps 1,000 measurements at most, evenly spread, and the last one. In checkpoints, like `diagnoses`.
-        diagnoses: Texts that were reported.
+            keeps at most 1,000 measurements, evenly spread, and the last one. Saved in checkpoints.
+        diagnoses: Diagnoses that were reported. Saved in checkpoints.
 
     Raises:
         ValueError: An argument is out of range.
-        MisconfigurationException: When training starts: no DINOLoss, or several and none named.
+        MisconfigurationException: When training starts, if there is no DINOLoss, or several and `loss` is None.
     """
 
     def __init__(
@@ -83,8 +83,8 @@ class CollapseMonitorCallback(Callback):
         self.history: list[dict[str, float]] = []
         self.diagnoses: list[str] = []
         self._batches, self._measured = 0, 0  # batches so far, and those that were measured
-        self._stride = 1  # measurements for each one in the history
-        self._is_due = False  # after a batch in which the loss was not called
+        self._stride = 1  # number of measurements for each one in the history
+        self._is_due = False  # whether the last batch should have been measured but did not call the loss
         self._module: DINOLoss | None = None
         self._pairs: Pairs = ()
         self._measurement: Measurement | None = None  # of this batch
@@ -110,7 +110,7 @@ class CollapseMonitorCallback(Callback):
         return self._measured >= self.patience
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run, before a checkpoint is loaded."""
+        """Reset the state of an earlier run, before a checkpoint is loaded."""
         if stage == "fit" and trainer.global_step == 0 and trainer.current_epoch == 0:
             self._batches, self._measured, self._stride, self.history, self.diagnoses = 0, 0, 1, [], []
 
@@ -138,7 +138,7 @@ class CollapseMonitorCallback(Callback):
         self._recent.clear()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Hook the loss, if this batch is to be measured."""
+        """Add the hook to the loss, if this batch is to be measured."""
         self._end_measurement()  # of a batch that was skipped
         if (self._is_due or self._batches % self.every_n_steps == 0) and self._module is not None:
             self._measurement = Measurement(self._module, trainer, pl_module, self._pairs)
@@ -183,7 +183,7 @@ class CollapseMonitorCallback(Callback):
         self._end_measurement()
 
     def state_dict(self) -> dict[str, Any]:
-        """History and diagnoses. In a resumed run averages begin anew."""
+        """History and diagnoses. In a resumed run, the averages start again."""
         counts = {"batches": self._batches, "looks": self._measured, "stride": self._stride}
         return {**counts, "history": self.history, "diagnoses": self.diagnoses, "receipt": self.receipt}
 
@@ -206,7 +206,7 @@ class CollapseMonitorCallback(Callback):
         self.history.append(values)
 
     def _changes(self, trainer: Trainer, measurement: "Measurement") -> dict[str, float]:
-        """The inputs of `diagnose` beside statistics: the change of the loss, and whether the teacher follows."""
+        """Further inputs of `diagnose`: the change of the loss, and whether the teacher follows."""
         losses = [(sums["loss"] / sums["samples"]).item() for sums in self._recent]
         half = len(losses) // 2
         changes = {}
@@ -224,7 +224,7 @@ class CollapseMonitorCallback(Callback):
         return changes
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
-        # Lightning itself would log a value with its next line, and again with each line after it.
+        # Lightning itself would log a value with its next log step, and again with each one after it.
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         in_bar = "dino/loss_normalized"
@@ -246,11 +246,11 @@ class CollapseMonitorCallback(Callback):
 class Measurement:
     """A forward pre-hook of a DINOLoss that measures all its calls in a training batch.
 
-    Before the calls, because they may update the center. Samples are spread evenly: nothing is random.
+    It runs before the calls, because they may update the center. Samples are evenly spread, not random.
     """
 
     def __init__(self, loss: DINOLoss, trainer: Trainer, pl_module: LightningModule, pairs: Pairs) -> None:
-        # Taken before the batch, when all callbacks have finished the batch before.
+        # Read before the batch, when all callbacks have finished the previous batch.
         self.scheduled = _scheduled(trainer)
         self.weights: Fingerprints = [
             (_fingerprint(pl_module.get_submodule(student)), _fingerprint(pl_module.get_submodule(teacher)))
@@ -258,7 +258,7 @@ class Measurement:
         ]
         self.statistics: DINOStatistics | None = None  # None until the loss is called
         self.rank: RankMe | None = None
-        measure = torch.compiler.disable(self._measure)  # keeps it out of a compiled loss
+        measure = torch.compiler.disable(self._measure)  # excludes it from a compiled loss
         self._hook = loss.register_forward_pre_hook(measure, with_kwargs=True)
 
     def end(self) -> None:
@@ -266,7 +266,7 @@ class Measurement:
         self._hook.remove()
 
     def gather(self) -> dict[str, Tensor]:
-        """The sums of statistics and rank (`products`) over all processes, in main memory. All have to call it."""
+        """Sums of statistics and rank (`products`) over all processes, on the CPU. All processes have to call it."""
         assert self.statistics is not None
         assert self.rank is not None
         self.statistics.sync()
@@ -296,7 +296,7 @@ class Measurement:
             self.rank = RankMe(embeddings.shape[-1]).to(embeddings.device)
         center = loss.center_for(teacher, teacher_temp).to(embeddings.device)
         self.statistics.update(teacher, student, center=center, **temperatures)
-        if embeddings.shape[-1] == len(self.rank.products):  # a second call may be of another kind
+        if embeddings.shape[-1] == len(self.rank.products):  # a second call may have embeddings of another width
             self.rank.update(embeddings if embeddings.isfinite().all() else embeddings[:0])
 
 
@@ -314,7 +314,7 @@ def _scheduled(trainer: Trainer) -> dict[str, float]:
 
 
 def _known_pairs(trainer: Trainer, pl_module: LightningModule) -> Pairs:
-    """The pairs of TeacherUpdateCallback, or else the submodules `student` and `teacher`, or else none."""
+    """The pairs of TeacherUpdateCallback, or else `student` and `teacher` if they exist, or else none."""
     callbacks = [c for c in trainer.callbacks if isinstance(c, TeacherUpdateCallback)]  # type: ignore[attr-defined]
     names = [pair for callback in callbacks for pair in callback.pairs] or [("student", "teacher")]
     modules = dict(pl_module.named_modules())
@@ -322,7 +322,7 @@ def _known_pairs(trainer: Trainer, pl_module: LightningModule) -> Pairs:
 
 
 def _fingerprint(module: nn.Module) -> list[int]:
-    """Of each parameter, the sum of its values read as integers."""
+    """For each parameter, the sum of its bits read as integers."""
     parts = [local_part(parameter).contiguous() for parameter in module.parameters()]
     return [int(part.view(INTEGERS[part.element_size()]).sum()) for part in parts]
 

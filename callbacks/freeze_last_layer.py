@@ -1,4 +1,4 @@
-"""The last layer frozen for the first epochs, with a check that it was."""
+"""A callback that freezes the last layer for the first epochs, and checks that it did not change."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +16,7 @@ from dino_head.callbacks._after_step import AfterOptimizerStep, find_submodule, 
 from dino_head.head import DINOProjectionHead
 from dino_head.prototypes import cancel_gradients
 
-MODULE = 'module="student.head"'  # how errors show the argument
+MODULE = 'module="student.head"'  # the argument, as errors show it
 
 
 class FreezeLastLayerCallback(AfterOptimizerStep):
@@ -32,24 +32,24 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         FreezeLastLayerCallback(2, module="student.backbone")    # any other submodule
 
     Gradients are set to None in `on_after_backward`, before they are unscaled and clipped, so optimizers skip the layer
-    and the clip norm does not count it. `on_before_optimizer_step` does the same after a backward that Lightning does
+    and the clip norm does not include it. `on_before_optimizer_step` does the same after a backward that Lightning does
     not see, and warns once.
 
     The weights are compared by value, on all processes, after the first two frozen optimizer steps of a fit, at the end
     of each frozen epoch, and when the freeze ends. The result is in `receipt`, and in the checkpoint.
 
     Args:
-        freeze_last_layer: Epochs to freeze; None: each head's own limit; -1 and 0 freeze nothing.
-        steps: Optimizer steps to freeze, as `trainer.global_step` counts them (with several optimizers under manual
-            optimization, the steps of each). At most one of the two limits.
-        module: Name of one submodule of the LightningModule. Of a `DINOProjectionHead` the last layer is frozen, of
-            any other module all parameters (buffers, such as running statistics, still change).
+        freeze_last_layer: Number of epochs to freeze; None for each head's own limit; -1 and 0 freeze nothing.
+        steps: Number of optimizer steps to freeze, >= 0, as `trainer.global_step` counts them (with several optimizers
+            under manual optimization, the steps of all). Set at most one of the two limits.
+        module: Name of one submodule of the LightningModule. For a `DINOProjectionHead`, the last layer is frozen; for
+            any other module, all parameters are (buffers, such as running statistics, still change).
 
     Raises:
         ValueError: Both limits are set, or one is out of range.
-        MisconfigurationException: When training starts, if the freeze could not take effect: nothing found, no limit,
-            no trainable parameter, a parameter in no optimizer, a strategy that hides gradients. During training, if
-            the layer changed, or if a whole freeze passed without a gradient to cancel.
+        MisconfigurationException: When training starts, if the freeze could not take effect: no such module, no limit,
+            no trainable parameter, a parameter in no optimizer, or a strategy that hides gradients. During training,
+            if the layer changed, or if a whole freeze passed without a gradient to cancel.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         self.steps = steps
         self.module = module
         self._freezes: list[_Freeze] = []
-        self._running: list[_Freeze] = []  # those that have not ended
+        self._running: list[_Freeze] = []  # the freezes that have not ended
         self._records: dict[str, _Record] = {}
         self._warned = False
 
@@ -82,7 +82,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 
     @property
     def state_key(self) -> str:
-        """Made of the arguments, so that a Trainer can have several of these callbacks."""
+        """Built from the arguments, so that a Trainer can have several of these callbacks."""
         return self._generate_state_key(freeze_last_layer=self.freeze_last_layer, steps=self.steps, module=self.module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -96,15 +96,15 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         self._records = {name: _Record(**record) for name, record in state_dict["records"].items()}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run, before a checkpoint is loaded."""
+        """Reset the state of an earlier run, before a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not self._has_count:
             self._records = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the modules, raise an error if they could not be frozen, and copy their weights.
+        """Find the modules, raise an error if they cannot be frozen, and copy their weights.
 
-        Here and not earlier: the strategy and the checkpoint may have changed parameters and epoch.
+        Not earlier, because the strategy and the checkpoint may change parameters and epoch.
         """
         has_limit = self.freeze_last_layer is not None or self.steps is not None
         self._freezes = _find_freezes(pl_module, self.module, has_limit)
@@ -123,11 +123,11 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End a freeze whose last epoch had no last batch: data may be shorter than their announced length."""
+        """End a freeze whose last epoch had no last batch, because data may be shorter than their reported length."""
         self._end_freezes(trainer, pl_module)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cancel gradients; limits are read at each call, as `trainer.current_epoch` is right after a resume too."""
+        """Cancel gradients. The limit is read at each call, as `trainer.current_epoch` is also right after a resume."""
         for freeze in self._running:
             if self._is_frozen(freeze, trainer):
                 self._cancel(freeze, trainer)
@@ -155,7 +155,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         self._end_freezes(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the weights, and end a freeze after its last epoch (unless max_steps, say, cut the epoch short)."""
+        """Compare the weights, and end a freeze after its last epoch (unless, say, max_steps cut the epoch short)."""
         for freeze in self._running:
             self._compare(trainer, pl_module, freeze)
         self._end_freezes(trainer, pl_module, epochs_ahead=int(trainer.is_last_batch))
@@ -163,7 +163,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             self.require_steps(trainer, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the weights also where the run ends before the freeze."""
+        """Compare the weights, and write the receipts, if the run ends before the freeze."""
         for freeze in self._running:
             self._compare(trainer, pl_module, freeze)
             self._check_cancelled(trainer, freeze)
@@ -186,7 +186,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             freeze.head.cancel_last_layer_gradients(trainer.current_epoch)
 
     def _compare(self, trainer: Trainer, pl_module: LightningModule, freeze: "_Freeze") -> None:
-        # By value: a version counter misses fused optimizers. All processes take part, so that all stop together.
+        # By value, because version counters miss fused optimizers. All processes take part, so that all stop together.
         now = _values(pl_module, freeze.name)
         has_changed = now.keys() != freeze.before.keys() or any(
             now[name].shape != before.shape or not torch.equal(now[name], before)
@@ -211,8 +211,8 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             freeze.before = {}
 
     def _check_cancelled(self, trainer: Trainer, freeze: "_Freeze") -> None:
-        # A head that shares the layer, or another instance, may have cancelled first, and a process's shard may be
-        # empty: one that cancelled is enough.
+        # A head that shares the layer, or another instance, may have cancelled first, and the shard of a process may
+        # be empty: it is enough if one of them cancelled.
         mine = {id(parameter) for parameter in freeze.parameters}
         cancelled = any(
             other.record.cancelled and not mine.isdisjoint(map(id, other.parameters))
@@ -234,7 +234,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         steps = f"{trainer.global_step - record.since} optimizer steps"
         if _has_unseen_steps(trainer):
             steps = "unseen steps"
-        # After a resume the comparison begins anew, with the weights of the checkpoint.
+        # After a resume, the weights are compared with those of the checkpoint.
         resumed_inside = freeze.before and freeze.copied_at > record.since
         resumed = f" (since step {freeze.copied_at}, where the run was resumed)" if resumed_inside else ""
         record.receipt = (
@@ -260,7 +260,7 @@ class _Freeze:
 
     name: str
     head: DINOProjectionHead | None  # if the limit is the head's own
-    parameters: list[nn.Parameter]  # that can be trained
+    parameters: list[nn.Parameter]  # the trainable ones
     record: _Record = field(default_factory=_Record)
     before: dict[str, Tensor] = field(default_factory=dict)  # this process's values when this fit began
     copied_at: int = 0  # global step of those values
@@ -271,7 +271,7 @@ class _Freeze:
 
 
 def _find_freezes(pl_module: LightningModule, name: str | None, has_limit: bool) -> list[_Freeze]:
-    """The last layers of all heads, or the one named module; `has_limit`: the callback has a limit of its own."""
+    """The last layers of all heads, or the one named module; `has_limit`: whether the callback sets a limit."""
     heads = [(path, found) for path, found in pl_module.named_modules() if isinstance(found, DINOProjectionHead)]
     if name is not None:
         chosen = find_submodule(pl_module, name, MODULE)
@@ -316,7 +316,7 @@ def _trainable(modules: Sequence[tuple[str, nn.Module, DINOProjectionHead | None
 
 
 def _check_trainer(trainer: Trainer, freezes: Sequence[_Freeze]) -> None:
-    """Raise an error under a Trainer in which cancelling gradients would not freeze, or would break something else."""
+    """Raise an error if cancelling gradients would not freeze under this Trainer, or would break something else."""
     reason = f"keeps gradients outside of parameter.grad, so that those of {_names(freezes)} cannot be cancelled"
     refuse_deepspeed(trainer, "FreezeLastLayerCallback", reason)
     if getattr(trainer.strategy.model, "static_graph", False) and not trainer.lightning_module.automatic_optimization:
@@ -329,7 +329,7 @@ def _check_trainer(trainer: Trainer, freezes: Sequence[_Freeze]) -> None:
         {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for optimizer in trainer.optimizers
     ]
-    # Without any, users step optimizers of their own, and only the comparison of values can notice them.
+    # Without any optimizer, users step raw ones, and only the comparison of values can detect them.
     if optimized and not frozen.keys() <= set().union(*optimized):
         name = next(name for key, name in frozen.items() if not any(key in keys for keys in optimized))
         raise MisconfigurationException(
@@ -350,11 +350,11 @@ def _names(freezes: Sequence[_Freeze]) -> str:
 
 
 def _values(pl_module: LightningModule, name: str) -> dict[str, Tensor]:
-    """This process's part of all parameters of the module that now has this name."""
+    """This process's part of all parameters of the module that currently has this name."""
     return {key: local_part(parameter) for key, parameter in find_submodule(pl_module, name, MODULE).named_parameters()}
 
 
 def _has_unseen_steps(trainer: Trainer) -> bool:
-    """Whether batches were trained without a step that Lightning knows of, with a raw optimizer."""
+    """Whether batches were trained without a step that Lightning can see, with a raw optimizer."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.total
     return trainer.global_step == 0 and batches.started > 0  # type: ignore[attr-defined]

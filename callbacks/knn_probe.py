@@ -1,4 +1,4 @@
-"""The accuracy of nearest neighbours, while DINO trains."""
+"""A callback that logs the kNN accuracy while DINO trains."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -18,39 +18,39 @@ class KNNProbeCallback(Callback):
         Trainer(callbacks=[KNNProbeCallback(train, test), ModelCheckpoint(monitor="knn/top1", mode="max"), ...])
 
     The training samples vote on the test samples (`KNNAccuracy`); DINO trains on neither. The probe runs in the first,
-    each `every_n_epochs`th and the last epoch (by max_epochs or max_steps): during validation, so that ModelCheckpoint
-    finds the value, or at the end of an epoch without one. The value stays until the next probe: use the same
-    `every_n_epochs` in ModelCheckpoint and EarlyStopping, or they take it for the value of later weights.
+    every `every_n_epochs`th and the last epoch (by max_epochs or max_steps): during validation, so that ModelCheckpoint
+    finds the value, or at the end of an epoch without validation. The value stays until the next probe: use the same
+    `every_n_epochs` in ModelCheckpoint and EarlyStopping, or they attribute it to later weights.
 
     Batches are (inputs, labels), or (inputs, labels, groups): samples of one group (patient, slide, scene) do not vote
     for each other. Inputs are moved to the device and passed to `module` as the loader yields them (hooks such as
-    on_after_batch_transfer are not called), in evaluation mode and under the Trainer's precision. Several processes
+    on_after_batch_transfer are not called), in evaluation mode and with the Trainer's precision. Several processes
     divide the work.
 
     Training is bitwise the same with and without it: modes, random states and the order of training samples do not
-    change (except for random numbers of a dataset's own that training shares with the probe). If the probe cannot run
+    change (except for a dataset's own random generator that training shares with the probe). If the probe cannot run
     (no labels, fewer voters than k, one class, features that are not finite, no data, an error while loading), it warns
     and training continues without a value.
 
     Args:
-        train: Loader of labelled samples that vote, without augmentation; None: from the datamodule (or the
-            LightningModule), the first of its `knn_dataloaders()`, or else train_dataloader().
-        test: Loader of labelled samples that are voted on; None: the second of knn_dataloaders(), or else
+        train: Loader of labelled samples that vote, without augmentation; None for the first of `knn_dataloaders()` of
+            the datamodule (or the LightningModule), or else its train_dataloader().
+        test: Loader of labelled samples to classify; None for the second of knn_dataloaders(), or else
             val_dataloader(), or else test_dataloader().
-        module: Name of a submodule of the LightningModule that returns features (B, D), as `named_modules()` lists it;
-            "" is the LightningModule itself, with its forward.
-        k: Number of neighbours that vote.
-        temperature: Temperature of their weights.
-        every_n_epochs: Epochs from one probe to the next.
-        max_samples: Approximate maximum of samples from each loader, in whole batches spread evenly over it. It bounds
-            the memory, to a few times max_samples x D x 4 bytes and 64 MiB of similarities.
+        module: Name of a submodule of the LightningModule that returns features (B, D), as in `named_modules()`; "" for
+            the LightningModule itself, with its forward.
+        k: Number of neighbours that vote, >= 1.
+        temperature: Temperature of the votes' weights, > 0.
+        every_n_epochs: Number of epochs from one probe to the next, >= 1.
+        max_samples: Approximate maximum number of samples from each loader, in whole batches spread evenly over it. It
+            limits the memory to a few times max_samples x D x 4 bytes and 64 MiB of similarities.
 
     Attributes:
-        history: `epoch`, `step` (optimizer steps) and `top1` of each probe. In checkpoints.
+        history: `epoch`, `step` (optimizer steps) and `top1` of each probe. Saved in checkpoints.
 
     Raises:
         ValueError: An argument is out of range.
-        MisconfigurationException: When training starts: a module that does not exist, or no data.
+        MisconfigurationException: When training starts, if the module does not exist, or there are no data.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class KNNProbeCallback(Callback):
 
     @property
     def receipt(self) -> str | None:
-        """The last accuracy and the best; None before the first."""
+        """The last and the best accuracy; None before the first probe."""
         if not self.history:
             return None
         last, best = self.history[-1], max(self.history, key=lambda probe: probe["top1"])
@@ -88,7 +88,7 @@ class KNNProbeCallback(Callback):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run, before a checkpoint is loaded."""
+        """Reset the state of an earlier run, before a checkpoint is loaded."""
         self._loaders = self._last = None
         if stage == "fit" and trainer.global_step == 0 and trainer.current_epoch == 0:
             self.history = []
@@ -96,7 +96,7 @@ class KNNProbeCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find module and data."""
         find_submodule(pl_module, self.module, "module=...")
-        with evaluation(pl_module):  # making loaders may draw random numbers
+        with evaluation(pl_module):  # creating loaders may draw random numbers
             self._loaders = labelled_loaders(trainer, self.train, self.test, type(self).__name__)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,7 +142,7 @@ class KNNProbeCallback(Callback):
     def _accuracy(self, trainer: Trainer, pl_module: LightningModule, loaders: Loaders) -> float:
         module = find_submodule(pl_module, self.module, "module=...")
         train, test = (extract(trainer, pl_module, module, loader, self.max_samples) for loader in loaders)
-        # Each process has all features, and computes the same value.
+        # Each process has all features and computes the same value.
         knn = KNNAccuracy(
             train.features, train.labels, self.k, self.temperature, groups=train.groups, sync_on_compute=False
         ).to(pl_module.device)

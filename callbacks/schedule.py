@@ -1,4 +1,4 @@
-"""Any number that changes from step to step: weight decay, temperature, momentum."""
+"""A callback that schedules any number by optimizer steps: weight decay, temperature, momentum."""
 
 import functools
 import inspect
@@ -25,21 +25,21 @@ class ScheduleCallback(AfterScheduledStep):
         ScheduleCallback("TeacherUpdateCallback.momentum", (0.99, 1.0))    # of all such callbacks
 
     The value is set in `on_train_batch_start`, so the forward pass, the optimizer and the teacher's update of one step
-    use the same value, as do all micro-batches of an accumulation window. The learning rate stays with a scheduler that
+    use the same value, as do all micro-batches of an accumulation window. For the learning rate, use a scheduler that
     Lightning steps: `torch.optim.lr_scheduler.LambdaLR` over `cosine_schedule`.
 
     Args:
-        target: An option of the optimizers' parameter groups, such as "weight_decay" (groups that begin with 0 keep
-            it); or the path of a number in the LightningModule, such as "loss.teacher_temp"; or "Callback.attribute",
-            with the class of a callback of the Trainer.
-        schedule: Function (step, total_steps) -> value; or a pair (start, end): a cosine between them over the run.
-        total_steps: Optimizer steps of the whole schedule; None: the length of the run.
+        target: Option of the optimizers' parameter groups, such as "weight_decay" (groups that start at 0 stay at 0);
+            or path of a number in the LightningModule, such as "loss.teacher_temp"; or "Callback.attribute", with
+            the class name of a callback of the Trainer.
+        schedule: Function (step, total_steps) -> value, or a pair (start, end) for a cosine between them over the run.
+        total_steps: Number of optimizer steps of the whole schedule, >= 1; None for the length of the run.
 
     Raises:
-        ValueError: The arguments are no target, schedule or number of steps.
-        MisconfigurationException: When training starts: a target that does not exist, the learning rate, a teacher
-            temperature that the loss itself warms up, a run without an end, a run resumed with another length. During
-            training: a value that is no finite number.
+        ValueError: An argument is not a valid target, schedule or number of steps.
+        MisconfigurationException: When training starts, if the target does not exist, is the learning rate or a teacher
+            temperature that the loss itself warms up, or if the run has no end or is resumed with another length.
+            During training, if a value is not a finite number.
     """
 
     def __init__(
@@ -59,26 +59,26 @@ class ScheduleCallback(AfterScheduledStep):
         _check_arguments(schedule)
         self.target = target
         self.schedule = schedule
-        self._follows: list[list[bool]] = []  # of each optimizer's groups, if the target is one of their options
+        self._follows: list[list[bool]] = []  # for each optimizer's groups, if the target is one of their options
         self._setters: list[Callable[[float], None]] = []
-        self._set_for: int | None = None  # the step whose value is set
+        self._set_for: int | None = None  # the step for which the value is set
         self._first: float | None = None
         self._last: float | None = None
 
     @property
     def receipt(self) -> str | None:
-        """The target with its first and its last value; None before the first step."""
+        """The target with its first and last value; None before the first step."""
         if self._first is None or self._last is None:
             return None
         return f"{self.target} from {self._first:.6g} to {self._last:.6g} in {self.progress()}"
 
     @property
     def state_key(self) -> str:
-        """Made of the target, so that a Trainer can have several of these callbacks."""
+        """Built from the target, so that a Trainer can have several of these callbacks."""
         return self._generate_state_key(target=self.target)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run, before a checkpoint is loaded."""
+        """Reset the state of an earlier run, before a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not self._has_count:
             self._follows, self._first, self._last = [], None, None
@@ -89,7 +89,7 @@ class ScheduleCallback(AfterScheduledStep):
         self._find_target(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the target again: callbacks that unfreeze a backbone add parameter groups."""
+        """Find the target again, because callbacks that unfreeze a backbone add parameter groups."""
         super().on_train_epoch_start(trainer, pl_module)
         self._find_target(trainer, pl_module)
 
@@ -112,7 +112,7 @@ class ScheduleCallback(AfterScheduledStep):
             self._first = self._last
 
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing beyond the count: the next batch sets the next value."""
+        """Do nothing beyond the count: the next batch sets the next value."""
 
     def state_dict(self) -> dict[str, Any]:
         """The count, the length of the schedule, the groups that follow it, and the values for the receipt."""
@@ -140,7 +140,7 @@ class ScheduleCallback(AfterScheduledStep):
         self._set_for = None
 
     def _following_groups(self, trainer: Trainer) -> list[dict[str, Any]]:
-        """The optimizers' groups that do not begin with 0; decided once, as a schedule may pass through 0."""
+        """The optimizers' groups that do not start at 0; decided once, as a schedule may pass through 0."""
         following: list[dict[str, Any]] = []
         for index, optimizer in enumerate(trainer.optimizers):
             if index == len(self._follows):
@@ -163,7 +163,7 @@ class ScheduleCallback(AfterScheduledStep):
         return following
 
     def _owners(self, trainer: Trainer, pl_module: LightningModule, path: str, name: str) -> list[Any]:
-        """The callbacks of the class `path`, or the object at this path in the module, that have the number `name`."""
+        """Objects with the number `name`: the callbacks of class `path`, or the object at this path in the module."""
         owners: list[Any] = [
             callback
             for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -199,7 +199,7 @@ def _follow_path(pl_module: LightningModule, path: str) -> Any:
 
 
 def _is_number(value: object) -> TypeGuard[Real]:
-    """Whether the value is a number of Python or NumPy, and no bool."""
+    """Whether the value is a Python or NumPy number, but not a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""The teacher as an exponential moving average of the student."""
+"""A callback that updates the teacher, an exponential moving average of the student."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from dino_head.callbacks._after_step import AfterScheduledStep, find_submodule, 
 from dino_head.callbacks._losses import GuardedLosses
 from dino_head.schedules import cosine_schedule
 
-PAIRS = 'pairs=(("student", "teacher"),)'  # how errors show the argument
+PAIRS = 'pairs=(("student", "teacher"),)'  # the argument, as errors show it
 
 
 class TeacherUpdateCallback(AfterScheduledStep):
@@ -24,32 +24,33 @@ class TeacherUpdateCallback(AfterScheduledStep):
         teacher <- m teacher + (1 - m) student,  m: cosine from base_momentum to final_momentum over the run
         center of each DINOLoss:  updated with the logits of all micro-batches of the step
 
-    Parameters are averaged, buffers are not: in train mode the teacher's batch norm follows the teacher's own batches,
-    as in the authors' code. A step that a GradScaler skips updates nothing; its logits count for the next center.
+    Parameters are averaged, buffers are not: in train mode, the teacher's batch norm follows the teacher's own batches,
+    as in the authors' code. A step that a GradScaler skips updates nothing; the next center update includes its logits.
 
     The update runs in `on_train_batch_end`, after the optimizer and before ModelCheckpoint, so a checkpoint at any step
-    contains the teacher of that step. During training the callback also checks each value of a DINOLoss and stops
-    before a NaN reaches the weights. On a GPU the check waits for the forward pass; a compiled loss gets a graph break.
+    contains the teacher of that step. During training, the callback also checks each value of a DINOLoss and raises
+    an error before a NaN reaches the weights. On a GPU, the check waits for the forward pass; in a compiled loss, it
+    causes a graph break.
 
     Args:
-        pairs: Names of the (student, teacher) submodules of the LightningModule. Parts of a teacher outside of the
-            pairs are never updated.
-        base_momentum: m at the first update, in [0, 1].
-        final_momentum: m at the end of the run, in [0, 1].
-        total_steps: Optimizer steps of the cosine; None: the length of the run.
-        allow_different_weights: Whether a run may begin with a teacher that differs from the student, for weights that
+        pairs: Names of the (student, teacher) submodules of the LightningModule. Parts of a teacher outside the pairs
+            are never updated.
+        base_momentum: Momentum m at the first update, in [0, 1].
+        final_momentum: Momentum m at the end of the run, in [0, 1].
+        total_steps: Number of optimizer steps of the cosine, >= 1; None for the length of the run.
+        allow_different_weights: Whether a run may start with a teacher that differs from the student, for weights that
             were trained elsewhere.
 
     Raises:
         ValueError: An argument is out of range.
-        MisconfigurationException: When training starts: a name that does not exist, a pair of different structure, one
-            object as both, weights that differ, a teacher that requires gradients, is in bf16 or fp16, or is sharded
-            unlike the student, DeepSpeed, a run without an end, a run resumed with another length. During training:
-            parameters that were replaced.
+        MisconfigurationException: When training starts, if a name does not exist; a pair has different structures or
+            weights, or is one object; a teacher requires gradients, is in bf16 or fp16, or is sharded unlike the
+            student; the strategy is DeepSpeed; the run has no end or is resumed with another length. During training,
+            if parameters were replaced.
         FloatingPointError: The loss is not finite; the message names the side and the likely cause.
     """
 
-    momentum: float | None = None  # of the next update, instead of the cosine; ScheduleCallback may set it
+    momentum: float | None = None  # of the next update, overrides the cosine; ScheduleCallback may set it
 
     def __init__(
         self,
@@ -65,7 +66,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
         check_number("final_momentum", final_momentum, 0, 1)
         pairs = tuple(pairs)
         if not pairs or any(isinstance(pair, str) or len(pair) != 2 for pair in pairs):
-            raise ValueError(f'pairs must hold (student, teacher) names like (("student", "teacher"),), got {pairs!r}')
+            raise ValueError(f'pairs must be (student, teacher) names like (("student", "teacher"),), got {pairs!r}')
         self.pairs = tuple((student, teacher) for student, teacher in pairs)
         self.base_momentum = base_momentum
         self.final_momentum = final_momentum
@@ -75,7 +76,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
         self._teachers: list[Tensor] = []
         self._losses: GuardedLosses | None = None
         self._ranks, self._centers = 1, 0
-        self._is_checked = False  # whether the parameters were still the module's after the first step
+        self._is_checked = False  # whether the first step checked that the parameters are still the module's
 
     @property
     def receipt(self) -> str | None:
@@ -96,7 +97,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
 
     @property
     def state_key(self) -> str:
-        """Made of the pairs, so that a Trainer can have several of these callbacks."""
+        """Built from the pairs, so that a Trainer can have several of these callbacks."""
         return self._generate_state_key(pairs=self.pairs)
 
     @property
@@ -105,13 +106,13 @@ class TeacherUpdateCallback(AfterScheduledStep):
         return self.base_momentum != self.final_momentum
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run, before a checkpoint is loaded."""
+        """Reset the state of an earlier run, before a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not self._has_count:
             self.momentum = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find pairs and losses, and raise an error if they cannot be averaged."""
+        """Find pairs and losses, and raise an error if a teacher cannot be averaged."""
         refuse_deepspeed(trainer, type(self).__name__, "may keep parameters outside of their modules")
         self._parameters = find_parameters(pl_module, self.pairs)
         self._students = [local_part(student) for student, _ in self._parameters]
@@ -126,7 +127,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Guard the losses during the batch."""
+        """Defer center updates and check the losses during the batch."""
         if self._losses is not None:
             self._losses.guard()
 
@@ -204,7 +205,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
 
 
 def find_parameters(pl_module: LightningModule, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tensor, Tensor]]:
-    """(student, teacher) of each parameter of the teachers, once, after checking that the two fit."""
+    """(student, teacher) of each parameter of the teachers, without duplicates, after checking that the two match."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
     for names in pairs:
         student, teacher = (

@@ -1,6 +1,6 @@
-"""Checks to run on your own LightningModule and data, which find what breaks the method.
+"""Checks to run on your own LightningModule and data, which detect code that breaks the method.
 
-    def make():  # for each run: a new module, its training data, and the callbacks
+    def make():  # for each run, returns a new module, its training data, and the callbacks
         module = Mine()
         return module, torch.utils.data.DataLoader(data, batch_size=16), [TeacherUpdateCallback()]
 
@@ -9,9 +9,9 @@
     assert_resume_invariant(make)
 
 Each check trains for a few steps, by default on the CPU (`accelerator="gpu"` and any other argument of the Trainer
-change that). It raises an AssertionError that names what differs, by how much, and the usual causes. The module is a
-`lightning.pytorch` one. The training data are anything that `Trainer.fit` takes, a LightningDataModule as well; for
-`assert_accumulation_invariant` they are an iterable of batches.
+change that). It raises an AssertionError that names what differs, by how much, and the usual causes. The module must be
+a `lightning.pytorch` one. The training data are anything that `Trainer.fit` accepts, including a LightningDataModule;
+for `assert_accumulation_invariant`, they are an iterable of batches.
 """
 
 import random
@@ -45,15 +45,15 @@ def assert_accumulation_invariant(
 ) -> None:
     """Check that a batch and its accumulated micro-batches lead to the same weights, teacher and center.
 
-    They cannot with batch norm, dropout or random augmentation, which act on each micro-batch by itself: check a module
-    without them.
+    They differ with batch norm, dropout or random augmentation, which act on each micro-batch separately: check a
+    module without them.
 
     Args:
         make: Function that returns a new module, its training data (here an iterable of batches) and the callbacks.
-        parts: Number of micro-batches in a batch; must divide its number of samples.
-        steps: Optimizer steps of each run.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
+        parts: Number of micro-batches in a batch, >= 2; must divide its number of samples.
+        steps: Number of optimizer steps of each run.
+        rtol: Relative tolerance of the comparison.
+        atol: Absolute tolerance of the comparison.
         trainer_options: Arguments of the Trainer.
 
     Raises:
@@ -67,7 +67,7 @@ def assert_accumulation_invariant(
         module, data, callbacks = make()
         batches = [part for batch in islice(data, steps) for part in _split(batch, number)]
         if not batches:
-            raise ValueError("the training data hold no batch: make() must return at least one")
+            raise ValueError("the training data contain no batch: make() must return at least one")
         options = {"max_epochs": 1, "accumulate_grad_batches": number, **trainer_options}
         _trainer(callbacks, **options).fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
         states.append(module.state_dict())
@@ -90,12 +90,12 @@ def assert_resume_invariant(make: Make, *, mid_epoch: bool = True, **trainer_opt
     Args:
         make: Function that returns a new module, its training data (at least two batches) and the callbacks.
         mid_epoch: Whether to resume in the middle of the last epoch as well, for which Lightning needs data that can
-            continue from there; False resumes at the end of an epoch alone.
+            continue from there; False resumes only at the end of an epoch.
         trainer_options: Arguments of the Trainer; two epochs unless they set `max_epochs`.
 
     Raises:
         AssertionError: The runs differ.
-        ValueError: The epochs have one optimizer step, so they have no middle.
+        ValueError: The epochs have only one optimizer step, so they have no middle.
     """
     options = {"max_epochs": 2, **trainer_options}
     with tempfile.TemporaryDirectory() as folder:
@@ -114,7 +114,7 @@ def assert_resume_invariant(make: Make, *, mid_epoch: bool = True, **trainer_opt
         if mid_epoch:
             files["in the middle of an epoch"] = f"step={inside[0]}.ckpt"
         for where, file in files.items():
-            # With another random state, as in a new process.
+            # With a different random state, as in a new process.
             resumed = _final_state(make, 1, [], Path(folder) / file, options)
             hint = (
                 "state outside of the checkpoint. Random order, augmentation and dropout must follow from (seed, rank, "
@@ -127,7 +127,7 @@ def assert_resume_invariant(make: Make, *, mid_epoch: bool = True, **trainer_opt
 def assert_teacher_follows(
     make: Make, *, pairs: Sequence[tuple[str, str]] = (("student", "teacher"),), **trainer_options: Any
 ) -> None:
-    """Check that the teacher begins equal to the student and is averaged once after each optimizer step.
+    """Check that the teacher starts equal to the student and is averaged once after each optimizer step.
 
     The check needs no callback: it looks for one momentum m in [0, 1] that explains all weights before and after the
     step, teacher <- m teacher + (1 - m) student.
@@ -139,7 +139,7 @@ def assert_teacher_follows(
             `accumulate_grad_batches`.
 
     Raises:
-        AssertionError: The teacher does not begin equal to the student, requires gradients, changes in another way or
+        AssertionError: The teacher does not start equal to the student, requires gradients, changes in another way or
             not at all.
     """
     _seed(0)
@@ -152,11 +152,11 @@ def assert_teacher_follows(
 
 
 class _Keep(ModelCheckpoint):
-    """A class of its own, so that its state key differs from the user's checkpoints."""
+    """A ModelCheckpoint whose state key differs from the user's."""
 
 
 class _Follow(AfterOptimizerStep):
-    """Compares the teachers after each batch with an average by one momentum."""
+    """Checks after each batch that the teachers are an average with one momentum."""
 
     receipt = None
 
@@ -202,7 +202,7 @@ class _Follow(AfterOptimizerStep):
             "student: a momentum outside of [0, 1], or a teacher that is updated before the optimizer's step"
         )
         rounding = 4 * torch.finfo(torch.float32).eps * torch.maximum(self._before.abs(), student.abs())
-        of_share = rounding.norm() / way.norm() if way.any() else 0.0  # the largest effect of rounding on it
+        of_share = rounding.norm() / way.norm() if way.any() else 0.0  # the largest effect of rounding on `share`
         off = (moved - share * way).abs() - rounding - of_share * way.abs()
         assert (off <= 0).all(), (
             f"after optimizer step {trainer.global_step}, {int((off > 0).sum())} of {off.numel()} weights of the "
@@ -246,7 +246,7 @@ def _trainer(callbacks: Sequence[Callback], **options: Any) -> Trainer:
 
 
 def _split(batch: Any, parts: int) -> list[Any]:
-    """A batch of tensors in any nesting -> `parts` of it; each part gets the tensors without dimensions."""
+    """Split a batch of nested tensors into `parts` batches; each gets all tensors without dimensions."""
     sizes: list[int] = []
 
     def part(tensor: Tensor, index: int) -> Tensor:
@@ -259,20 +259,20 @@ def _split(batch: Any, parts: int) -> list[Any]:
 
     split = [apply_to_collection(batch, Tensor, part, index=index) for index in range(parts)]
     if not sizes:
-        raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor of samples: use batches of tensors")
+        raise ValueError(f"a batch of type {type(batch).__name__} contains no tensor of samples: use tensors")
     return split
 
 
 def _final_state(
     make: Make, seed: int, savers: list[ModelCheckpoint], ckpt_path: Path | None, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """The states that must be equal at the end of a run."""
+    """States at the end of a run, for comparison."""
     _seed(0)
     module, data, callbacks = make()
     _seed(seed)
     trainer = _trainer([*callbacks, *savers], **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's, about callbacks and loaders: here the values decide
+        warnings.simplefilter("ignore")  # Lightning's warnings about callbacks and loaders: the values decide
         trainer.fit(module, data, ckpt_path=ckpt_path)
     return {
         "module": module.state_dict(),

@@ -1,7 +1,7 @@
 """The DINO projection head, objective and training rules as parts for PyTorch Lightning.
 
-`dino_head` itself is plain PyTorch; the Lightning callbacks are in `dino_head.callbacks`, imported where they
-are used.
+`dino_head` itself is plain PyTorch and does not import Lightning; import the Lightning callbacks from
+`dino_head.callbacks`.
 """
 
 from dino_head.diagnosis import diagnose

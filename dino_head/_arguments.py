@@ -1,10 +1,10 @@
-"""Checks of arguments, with messages that say what was given, what was expected and what to do."""
+"""Argument checks, with messages that name the given and the expected value."""
 
 from numbers import Integral, Real
 
 
 def check_integer(name: str, value: object, minimum: int, hint: str = "") -> None:
-    """Raise ValueError unless `value` is an integer (no bool) of at least `minimum`."""
+    """Raise ValueError unless `value` is an integer (not a bool) of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name} must be an integer >= {minimum}{hint}, got {value!r}")
 

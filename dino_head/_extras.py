@@ -1,4 +1,4 @@
-"""Errors that name the extra to install."""
+"""Import errors that name the extra to install."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ def packages_of_extras(user: str) -> Iterator[None]:
     """Turn a failed import inside the `with` block into an error that names the extra to install.
 
     Args:
-        user: Name of what needs the packages, such as "dino_head.vision.dino_views".
+        user: Name of the function or class that needs the packages, such as "dino_head.vision.dino_views".
 
     Raises:
         ModuleNotFoundError: If a package of an extra is not installed.

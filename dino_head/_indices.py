@@ -1,8 +1,8 @@
-"""Indices of a sample that needs no randomness."""
+"""Indices of a deterministic subsample."""
 
 
 def spaced_indices(total: int, count: int) -> list[int]:
-    """`count` of the indices 0 to total - 1, spaced evenly, with the first and the last among them.
+    """Evenly spaced `count` of the indices 0 to `total - 1`, including the first and the last.
 
     >>> spaced_indices(41, 4)
     [0, 13, 26, 40]

@@ -1,17 +1,17 @@
-"""Diagnosis of a run from its statistics, in words: the kind of collapse, and the option to change."""
+"""Diagnosis of a run from its statistics, in words: the kind of collapse and the option to change."""
 
 import math
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import SupportsFloat
 
-# The cases in which a run is lost; the others may be harmless.
+# Diagnoses of a failed run; the others may be harmless.
 COLLAPSES = ("not finite", "teacher does not follow", "one-hot collapse", "uniform teacher", "dimensional collapse")
 
 UNIFORM = 0.98  # of ln K
 FEW_PROTOTYPES = 2.0  # effective number
 LOW_RANK = 2.0
-DEAD = 0.05  # share of the prototypes that as many rows could have reached
+DEAD = 0.05  # of the number of prototypes that as many random rows would reach
 FLAT = 0.01  # relative change of the loss
 LARGE_LOSS, LARGE_K = 0.8, 4096  # of ln K; prototypes
 
@@ -19,23 +19,23 @@ LARGE_LOSS, LARGE_K = 0.8, 4096  # of ln K; prototypes
 def diagnose(statistics: Mapping[str, SupportsFloat]) -> str | None:
     """Name the problem of a run, with its numbers and the option to change; None if there is no problem.
 
-    Average the statistics over some hundred steps: untrained networks look like collapsed ones, and a healthy run needs
-    some time to leave that state. The cases, in the order in which they are checked:
+    Average the statistics over a few hundred steps: untrained networks look like collapsed ones, and a healthy run
+    needs some time to leave that state. The cases, in the order in which they are checked:
 
-    - not finite: any of the values;
+    - not finite: any value is NaN or inf;
     - teacher does not follow: its weights stayed bitwise unchanged while the student's changed;
-    - one-hot collapse: a prototype perplexity below 2 (1.5 of two), so that all images get the same prototype;
-    - uniform teacher: its entropy and the student's are above 0.98 ln K;
+    - one-hot collapse: a prototype perplexity below 2 (below 1.5 if K = 2): all images get the same prototype;
+    - uniform teacher: the entropies of teacher and student are above 0.98 ln K;
     - dimensional collapse: RankMe below 2;
-    - dead prototypes: fewer than 5% of the prototypes that as many random rows would reach win for any row. This is
-      harmless for images of few kinds;
+    - dead prototypes: the number of prototypes that win for at least one row is below 5% of the number that as many
+      random rows would reach. This is harmless for images of few kinds;
     - no collapse: a loss above 0.8 ln K that changes by less than 1%, with K >= 4096, and none of the above. Most of
       that loss is the teacher's own entropy, which grows with K.
 
     Args:
-        statistics: Values of `DINOStatistics.compute`, and as far as known `rankme`, `loss_change` (relative change of
-            the loss over the time measured) and `teacher_follows` (0 if the teacher's weights stayed unchanged in that
-            time while the student's changed, else 1). Cases whose values are missing are not checked.
+        statistics: Values of `DINOStatistics.compute` and, optionally, `rankme`, `loss_change` (relative change of the
+            loss over the measured period) and `teacher_follows` (0 if the teacher's weights stayed unchanged in that
+            period while the student's changed, else 1). Cases whose values are missing are not checked.
 
     Returns:
         "<case>: <observation>. <Remedy>."
@@ -43,13 +43,13 @@ def diagnose(statistics: Mapping[str, SupportsFloat]) -> str | None:
     >>> diagnose({"teacher_entropy": 6.23, "teacher_entropy_normalized": 0.999, "student_entropy_normalized": 1.0})[:15]
     'uniform teacher'
     """
-    # A missing value is NaN, and no comparison with it holds.
+    # A missing value is NaN, and every comparison with NaN is false.
     seen = defaultdict(lambda: math.nan, {name: float(value) for name, value in statistics.items()})
     broken = [name for name, value in seen.items() if not math.isfinite(value)]
     if broken:
         return (
             f"not finite: {', '.join(broken)}. Look at images, augmentation and weights for NaN or inf; lower the "
-            "learning rate, clip gradients, use bf16 in place of fp16"
+            "learning rate, clip gradients, use bf16 instead of fp16"
         )
     for case in (_teacher_stands, _one_hot, _uniform, _low_rank, _dead_prototypes, _large_k):
         found = case(seen)
@@ -108,7 +108,7 @@ def _low_rank(seen: Mapping[str, float]) -> str | None:
 
 def _dead_prototypes(seen: Mapping[str, float]) -> str | None:
     used, count, rows = seen["prototypes_used"] * seen["output_dim"], seen["output_dim"], seen["rows"]
-    reachable = count * -math.expm1(rows * math.log1p(-1 / count)) if count > 1 else math.nan  # by as many random draws
+    reachable = count * -math.expm1(rows * math.log1p(-1 / count)) if count > 1 else math.nan  # by `rows` random draws
     if used < DEAD * reachable:
         return (
             f"dead prototypes: {used:.0f} of {count:.0f} win for any of {rows:.0f} rows, where random ones would reach "

@@ -18,7 +18,7 @@ Block = tuple[int, int, nn.Module | None, nn.Module | None]
 
 
 class ProjectionHead(nn.Module):
-    """An MLP: for each block a Linear, then its norm and its activation if there are any.
+    """An MLP; each block is a Linear layer, followed by an optional norm and an optional activation.
 
     The input may have any number of leading dimensions: (B, in), (B, N, in) and more. Batch norm computes its
     statistics over all of them.
@@ -29,7 +29,7 @@ class ProjectionHead(nn.Module):
         bias: Whether Linear layers have a bias. By default, only those without batch norm after them have one.
 
     Raises:
-        ValueError: no block, a width that is no positive integer, or adjacent widths that differ.
+        ValueError: No block, a width that is not a positive integer, or adjacent widths that differ.
 
     >>> head = ProjectionHead([(384, 512, nn.BatchNorm1d(512), nn.GELU()), (512, 64, None, None)])
     >>> head(torch.randn(2, 10, 384)).shape
@@ -39,7 +39,7 @@ class ProjectionHead(nn.Module):
     def __init__(self, blocks: Sequence[Block], *, bias: bool | None = None) -> None:
         super().__init__()
         if not blocks:
-            raise ValueError("blocks must hold at least one (in, out, norm, activation), got an empty sequence")
+            raise ValueError("blocks must contain at least one (in, out, norm, activation), got an empty sequence")
         for i, (width_in, width_out, _, _) in enumerate(blocks):
             check_integer(f"the input width of block {i}", width_in, 1)
             check_integer(f"the output width of block {i}", width_out, 1)
@@ -60,8 +60,8 @@ class ProjectionHead(nn.Module):
         """Features (..., in) -> projections (..., out).
 
         Raises:
-            ValueError: a wrong width, an input that is not floating point, or a single sample if there is batch norm
-                in training mode.
+            ValueError: A wrong width, an input that is not floating point, or a single sample for batch norm in
+                training mode.
         """
         self._check_input(x)
         y: Tensor = self.layers(x.reshape(-1, self.input_dim))
@@ -89,7 +89,7 @@ class ProjectionHead(nn.Module):
 class DINOProjectionHead(ProjectionHead):
     """The projection head of DINO (Caron et al. 2021, arXiv:2104.14294, section 3.1 and appendix C).
 
-    `num_layers - 1` times Linear, batch norm (optional) and GELU, then a Linear to the bottleneck, L2
+    It consists of `num_layers - 1` blocks of Linear, batch norm (optional) and GELU, a Linear to the bottleneck, L2
     normalisation, and a last layer of prototypes without bias:
 
         z = h / ||h||,  h = MLP(x)                (..., D)
@@ -109,7 +109,7 @@ class DINOProjectionHead(ProjectionHead):
         bias: Whether Linear layers have a bias. By default, only those without batch norm after them have one.
 
     Raises:
-        ValueError: a size or `num_layers` that is no positive integer, or `freeze_last_layer` < -1.
+        ValueError: A size or `num_layers` that is not a positive integer, or `freeze_last_layer` < -1.
 
     >>> head = DINOProjectionHead(384, 512, 64, 4096, batch_norm=False)
     >>> head(torch.randn(2, 10, 384)).shape
@@ -178,10 +178,10 @@ class DINOProjectionHead(ProjectionHead):
 
         Args:
             x: Features (..., input_dim).
-            factored: Whether to return FactoredLogits; `factored_logits` sets it.
+            factored: Whether to return FactoredLogits; `factored_logits` sets it to True.
         """
         h = super().forward(x)
-        # float16 has no 1e-12: it would be 0, and a zero vector would become NaN.
+        # In float16, 1e-12 rounds to 0, and a zero vector would become NaN.
         z = F.normalize(h, dim=-1, eps=1e-6 if h.dtype == torch.float16 else 1e-12)
         out = self.last_layer.factored(z)
         return out if factored else out.logits()
@@ -189,7 +189,7 @@ class DINOProjectionHead(ProjectionHead):
     def factored_logits(self, x: Tensor) -> FactoredLogits:
         """Features (..., input_dim) -> unit vectors (..., D) and prototypes (K, D), not yet multiplied.
 
-        It calls the module, so that hooks, `head.compile()` and `fully_shard` act as they do for `head(x)`.
+        It calls the module, so that hooks, `head.compile()` and `fully_shard` apply as they do for `head(x)`.
         """
         factored: FactoredLogits = self(x, factored=True)
         return factored

@@ -1,4 +1,4 @@
-"""The DINO objective as a module that holds the center.
+"""The DINO objective as a module that keeps the center.
 
 Sizes: B samples, T teacher views, S student views, K prototypes.
 """
@@ -23,27 +23,29 @@ class DINOLoss(nn.Module):
         loss = mean over t != s and the batch of  H(softmax((teacher_t - c) / tau_t), softmax(student_s / tau_s))
         c <- m c + (1 - m) mean of the teacher's logits
 
-    Both sides are logits, or both `FactoredLogits`: the same loss and gradients without the logits in memory.
+    Both sides are logits, or both are `FactoredLogits`, which give the same loss and gradients without materialising
+    the logits.
 
     In training mode each call updates the center `c` after computing the loss, with the mean over the samples of all
-    processes; in evaluation mode it stays. The center is float32 whatever the model's precision, and part of the state
-    dict. With `defer_center_update = True` a call only adds its logits to a sum, and `apply_center_update()` updates
-    the center with everything added since the last update: once per optimizer step under gradient accumulation.
+    processes; in evaluation mode the center stays unchanged. It is float32 whatever the model's precision, and part
+    of the state dict. With `defer_center_update = True` a call only adds its logits to a sum, and
+    `apply_center_update()` updates the center with everything added since the last update: once per optimizer step
+    under gradient accumulation.
 
     `centering="sinkhorn"` has no center. It spreads each batch evenly over the prototypes (`sinkhorn_center`), across
-    the samples of all processes, so that every process has to call the loss, in evaluation mode as well.
+    the samples of all processes, so every process has to call the loss, also in evaluation mode.
 
     Args:
         output_dim: Number K of prototypes.
-        warmup_teacher_temp: Temperature of the teacher in epoch 0.
-        teacher_temp: Temperature of the teacher after the warm-up.
+        warmup_teacher_temp: Temperature of the teacher in epoch 0, > 0.
+        teacher_temp: Temperature of the teacher after the warm-up, > 0.
         warmup_teacher_temp_epochs: Length of the linear warm-up in epochs, see `teacher_temperature`.
-        student_temp: Temperature of the student.
+        student_temp: Temperature of the student, > 0.
         center_momentum: Share m of the old center in the new one, in [0, 1].
-        centering: Targets of the teacher, "mean" or "sinkhorn" (3 iterations; DINOv2, arXiv:2304.07193).
+        centering: Centering of the teacher, "mean" or "sinkhorn" (3 iterations; DINOv2, arXiv:2304.07193).
 
     Raises:
-        ValueError: a size, temperature or momentum out of range, or another centering.
+        ValueError: A size, temperature or momentum is out of range, or `centering` is unknown.
 
     >>> loss = DINOLoss(output_dim=16)
     >>> loss(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16), epoch=0)  # uniform on both sides: ln 16
@@ -86,8 +88,8 @@ class DINOLoss(nn.Module):
         self.centering = centering
         has_center = centering == "mean"
         self.register_buffer("center", torch.zeros(1, 1, output_dim) if has_center else None)
-        # (K + 1,): the sum of logits and, behind it, their number, so that one reduction does for both. It is no
-        # buffer, because DDP would overwrite it with that of the first process.
+        # (K + 1,): the sum of logits, then their number, so that one reduction covers both. It is not a buffer,
+        # because DDP would overwrite it with the one of the first process.
         self._collected: Tensor | None = None
 
     def forward(
@@ -99,11 +101,11 @@ class DINOLoss(nn.Module):
             teacher_out: Logits of the T teacher views, a list of them, or FactoredLogits with z (T, B, D); they get no
                 gradient.
             student_out: Outputs of the same kind of the S student views, the teacher's first, in the same order.
-            epoch: Current epoch, for the teacher's temperature; None for the final temperature.
+            epoch: Current epoch, which sets the teacher's temperature; None for the final temperature.
             teacher_temp: Temperature of the teacher that overrides `epoch`, for a schedule by step.
 
         Raises:
-            ValueError: kinds, shapes or types that do not fit, no pair of different views, or a temperature <= 0.
+            ValueError: Kinds, shapes or types that do not match, no pair of different views, or a temperature <= 0.
         """
         if teacher_temp is None:
             teacher_temp = self.temperature(epoch)
@@ -126,7 +128,7 @@ class DINOLoss(nn.Module):
         return teacher_temperature(epoch, self.warmup_teacher_temp, self.teacher_temp, self.warmup_teacher_temp_epochs)
 
     def center_for(self, teacher_out: Logits, teacher_temp: float) -> Tensor:
-        """Center to subtract from these logits of the teacher; with Sinkhorn the batch's own, (K,)."""
+        """Center to subtract from these logits of the teacher; with Sinkhorn, computed from this batch, (K,)."""
         if self.center is not None:
             return self.center
         return sinkhorn_center(teacher_out, teacher_temp, reduce=_logsumexp_of_processes)
@@ -135,8 +137,8 @@ class DINOLoss(nn.Module):
     def apply_center_update(self) -> None:
         """Update the center with the logits of all training calls since the last update, on all processes.
 
-        Without such calls the center stays. A training call does this by itself unless `defer_center_update` is set.
-        All processes have to call it.
+        Without such calls the center stays unchanged. Each training call does this by itself unless
+        `defer_center_update` is set. All processes have to call it.
         """
         if self.center is None:
             return
@@ -148,7 +150,7 @@ class DINOLoss(nn.Module):
             dist.all_reduce(collected)
         if collected is not None:
             sums, count = collected[:-1], collected[-1]
-            mean = torch.where(count > 0, sums / count, self.center)  # no wait for the device
+            mean = torch.where(count > 0, sums / count, self.center)  # without waiting for the device
             self.center.lerp_(mean, 1 - self.center_momentum)
 
     @torch.no_grad()
@@ -158,7 +160,7 @@ class DINOLoss(nn.Module):
             self._collected = sums if self._collected is None else self._collected + sums
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DINOLoss":
-        # `.half()` and the like move the center to the module's device but leave it float32.
+        # `.half()` and similar calls move the center to the module's device but keep it in float32.
         before = self.center
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if before is not None and self.center is not None and self.center.dtype != torch.float32:

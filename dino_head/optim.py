@@ -8,10 +8,10 @@ from dino_head._arguments import check_number
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters for an optimizer: matrices with weight decay, everything else without.
+    """Group trainable parameters for an optimizer: matrices with weight decay, everything else without.
 
-    Biases, the scales and offsets of norms and all other parameters of one dimension are not decayed, as in the
-    authors' code (arXiv:2104.14294). Neither is `weight_g`, the norms of the prototypes, which is a scale as well; the
+    Biases, the scales and offsets of norms and all other one-dimensional parameters are not decayed, as in the
+    authors' code (arXiv:2104.14294). Neither is `weight_g`, the norms of the prototypes, because it is a scale; the
     authors decay it if it is trainable.
 
     Args:
@@ -19,11 +19,11 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         weight_decay: Weight decay of the matrices, >= 0.
 
     Returns:
-        At most two groups, none of them empty. Groups of several modules can be joined and extended by options:
+        At most two groups, none of them empty. Groups of several modules can be joined and extended with options:
         `[*parameter_groups(backbone, 0.04), *({**group, "lr": 1e-4} for group in parameter_groups(head, 0.04))]`.
 
     Raises:
-        ValueError: a negative weight decay, or no trainable parameter.
+        ValueError: A negative weight decay, or no trainable parameter.
 
     >>> [(len(group["params"]), group["weight_decay"]) for group in parameter_groups(nn.Linear(4, 2), 0.04)]
     [(1, 0.04), (1, 0.0)]

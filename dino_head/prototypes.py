@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 class FactoredLogits(NamedTuple):
-    """Logits that are not multiplied yet: `z @ prototypes.T`.
+    """The two factors of the logits `z @ prototypes.T`, not yet multiplied.
 
     The logits of many views and many prototypes are the largest tensor of a DINO step. Losses and metrics accept their
     factors instead, to avoid materialising them.
@@ -30,7 +30,7 @@ class FactoredLogits(NamedTuple):
     prototypes: Tensor
 
     def logits(self) -> Tensor:
-        """Multiply: (..., D) and (K, D) -> (..., K)."""
+        """Multiply the factors: (..., D) and (K, D) -> (..., K)."""
         return F.linear(self.z, self.prototypes)
 
 
@@ -39,7 +39,7 @@ def weight_norm(weight_v: Tensor, weight_g: Tensor) -> Tensor:
 
     w_k = g_k v_k / ||v_k||, Salimans and Kingma 2016 (arXiv:1602.07868), equation 2.
     """
-    # The fused kernel is private and may disappear; the formula behind it gives the same values, slower.
+    # The fused kernel is private and may disappear; the formula below gives the same values, but is slower.
     kernel: Callable[[Tensor, Tensor, int], Tensor] | None = getattr(torch, "_weight_norm", None)
     if kernel is None:
         norms: Tensor = torch.linalg.vector_norm(weight_v, dim=1, keepdim=True)
@@ -51,7 +51,7 @@ class Prototypes(nn.Module):
     """A last layer: K prototypes that score unit vectors, a linear map without bias."""
 
     def factored(self, z: Tensor) -> FactoredLogits:
-        """Unit vectors (..., D) -> the same with the prototypes, not yet multiplied."""
+        """Unit vectors (..., D) -> unit vectors and prototypes, not yet multiplied."""
         return FactoredLogits(z, self._prototypes())
 
     def forward(self, z: Tensor) -> Tensor:
@@ -59,21 +59,21 @@ class Prototypes(nn.Module):
         return self.factored(z).logits()
 
     def _prototypes(self) -> Tensor:
-        """The weight as a tensor of its own, because fully_shard frees the parameters' memory after forward."""
+        """The weight as a new tensor, because fully_shard frees the parameters' memory after forward."""
         raise NotImplementedError
 
 
 class WeightNormPrototypes(Prototypes):
     """K weight-normalised prototypes: w_k = g_k v_k / ||v_k||.
 
-    A state dict holds the direction `weight_v` (K, D) and the norm `weight_g` (K, 1), under the keys of
-    `torch.nn.utils.weight_norm`. The effective `weight` is computed at each use, so that a used module can be copied,
-    pickled and compiled.
+    The state dict contains the directions `weight_v` (K, D) and the norms `weight_g` (K, 1), under the keys of
+    `torch.nn.utils.weight_norm`. The effective `weight` is computed at each use, so that the module can be copied,
+    pickled and compiled after use.
 
     Args:
         bottleneck_dim: Width D of the bottleneck.
         output_dim: Number K of prototypes.
-        trainable_norm: Whether the norms are trained; otherwise each is 1 (`weight_g` requires no gradient).
+        trainable_norm: Whether the norms are trained; otherwise they stay 1 (`weight_g` requires no gradient).
     """
 
     def __init__(self, bottleneck_dim: int, output_dim: int, *, trainable_norm: bool = False) -> None:
@@ -103,7 +103,7 @@ class WeightNormPrototypes(Prototypes):
 
 
 class LinearPrototypes(Prototypes):
-    """K prototypes of any norm, a plain `weight` (K, D): the last layer of DINOv3 (arXiv:2508.10104).
+    """K prototypes without weight norm, a plain `weight` (K, D): the last layer of DINOv3 (arXiv:2508.10104).
 
     Args:
         bottleneck_dim: Width D of the bottleneck.
@@ -116,7 +116,7 @@ class LinearPrototypes(Prototypes):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Truncated normal, std 0.02."""
+        """Initialise with a truncated normal distribution (std 0.02)."""
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def _prototypes(self) -> Tensor:

@@ -14,7 +14,7 @@ def cosine_schedule(
     warmup_steps: int = 0,
     warmup_start: float = 0.0,
 ) -> float:
-    """Cosine from `start` to `end`, after a linear warm-up.
+    """Value of a cosine from `start` to `end`, after an optional linear warm-up.
 
         start at step w, end at step N:  end + (start - end) (1 + cos(pi (step - w) / (N - w))) / 2
 
@@ -22,11 +22,11 @@ def cosine_schedule(
     As in the authors' code, the value reaches `end` at step N, one past the last step of the run, and stays there.
 
     Args:
-        step: Number of optimizer steps taken so far.
+        step: Number of optimizer steps taken so far, >= 0.
         start: Value at the end of the warm-up.
         end: Value from `total_steps` on.
         total_steps: Number N of optimizer steps of the whole run.
-        warmup_steps: Number w of optimizer steps of the warm-up; the last of them has the value `start`.
+        warmup_steps: Number w of optimizer steps of the warm-up, the last of which has the value `start`.
         warmup_start: Value at step 0 of the warm-up.
 
     >>> [round(cosine_schedule(step, 0.996, 1.0, 4), 4) for step in range(6)]

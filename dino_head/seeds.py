@@ -2,16 +2,16 @@
 
 
 def derived_seed(*key: int) -> int:
-    """A seed derived from non-negative integers, such as (seed, rank, epoch, batch).
+    """Derive a seed from non-negative integers, such as (seed, rank, epoch, batch).
 
-    The same integers give the same seed, in every process and in a resumed run; other integers give an unrelated seed
+    The same integers give the same seed, in every process and in a resumed run; different integers give unrelated seeds
     (NumPy's `SeedSequence`).
 
     Args:
         key: Non-negative integers.
 
     Returns:
-        An integer in [0, 2**64), for `torch.manual_seed`.
+        Integer in [0, 2**64), for `torch.manual_seed`.
 
     >>> derived_seed(0, 1, 2) == derived_seed(0, 1, 2), derived_seed(0, 1, 2) == derived_seed(0, 2, 1)
     (True, False)

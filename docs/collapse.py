@@ -1,8 +1,8 @@
-"""The pictures and figures of docs/collapse.md, from runs on the digits: a healthy one and five others.
+"""The pictures and numbers of docs/collapse.md, from runs on the digits: a healthy one and five others.
 
     .venv/bin/python docs/collapse.py            # about ten minutes; writes docs/collapse/
 
-With --epochs, shorter runs, elsewhere with --out: they only show that everything works.
+Shorter runs with --epochs, in another folder with --out, only show that everything works.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from dino_head.examples.fit_digits import Digits, build
 
 
 class Constant(nn.Module):
-    """A backbone that forgets its input, as images do that are all black after a wrong normalisation."""
+    """A backbone that ignores its input, as if all images were black after a wrong normalisation."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -40,39 +40,39 @@ class Constant(nn.Module):
 
 
 def plain_head(model: DINO) -> None:
-    """Both heads without batch norm, which keeps a head from collapsing as easily."""
+    """Remove batch norm from both heads, because it makes a collapse less likely."""
     for side in (model.student, model.teacher):
         layers = side["head"].layers
         side["head"].layers = nn.Sequential(*[part for part in layers if not isinstance(part, nn.BatchNorm1d)])
 
 
 def healthy(model: DINO) -> None:
-    """As it is; for digits, 8,192 prototypes are many."""
+    """Change nothing; for digits, 8,192 prototypes are many."""
 
 
 def uniform(model: DINO) -> None:
-    """Too high a temperature for the teacher."""
+    """Set too high a temperature for the teacher."""
     model.loss.warmup_teacher_temp = model.loss.teacher_temp = 0.1
 
 
 def one_hot(model: DINO) -> None:
-    """A center that does not move."""
+    """Stop the updates of the center."""
     plain_head(model)
     model.loss.center_momentum = 1.0
 
 
 def black(model: DINO) -> None:
-    """Images that do not differ."""
+    """Make all images equal."""
     plain_head(model)
     for side in (model.student, model.teacher):
         side["backbone"] = Constant(side["backbone"])
 
 
 def left_behind(model: DINO) -> None:
-    """Nothing here: TeacherUpdateCallback is forgotten."""
+    """Change nothing here; `main` omits TeacherUpdateCallback."""
 
 
-RUNS: dict[str, tuple[Callable[[DINO], None], int]] = {  # and epochs
+RUNS: dict[str, tuple[Callable[[DINO], None], int]] = {  # with the number of epochs
     "healthy": (healthy, 60),
     "uniform": (uniform, 30),
     "one_hot": (one_hot, 30),
@@ -83,10 +83,10 @@ RUNS: dict[str, tuple[Callable[[DINO], None], int]] = {  # and epochs
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Train each, and keep its picture, its curves and what was said of it."""
+    """Train each model, and save its picture, its curves and its diagnoses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "collapse", help="folder (%(default)s)")
-    parser.add_argument("--epochs", type=int, help="of each run, in place of 60 and 30")
+    parser.add_argument("--epochs", type=int, help="epochs of each run, instead of 60 and 30")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     said = {}

@@ -1,4 +1,4 @@
-"""The site: `make docs` builds it into build/docs, with warnings as errors. It asks no other server for anything."""
+"""The site: `make docs` builds it into build/docs, with warnings as errors. It loads nothing from other servers."""
 
 import re
 import sys
@@ -35,14 +35,14 @@ SECTIONS = ("Args:", "Attributes:", "Returns:", "Raises:")
 
 
 def formula(translator: Any, node: nodes.Element) -> None:
-    """A formula as MathML, which browsers draw by themselves."""
+    """Render a formula as MathML, which browsers support directly."""
     display = "block" if isinstance(node, nodes.math_block) else "inline"
     translator.body.append(convert(node.astext(), display=display))
     raise nodes.SkipNode
 
 
 def from_markdown(app: Any, what: str, name: str, target: Any, options: Any, lines: list[str]) -> None:
-    """The docstrings' code, between single backticks or indented by four spaces, as reStructuredText has it."""
+    """Convert code in docstrings, in single backticks or indented by four spaces, to reStructuredText."""
     text: list[str] = []
     for number, line in enumerate(lines):
         before = next((other for other in reversed(lines[:number]) if other.strip()), "")
@@ -54,6 +54,6 @@ def from_markdown(app: Any, what: str, name: str, target: Any, options: Any, lin
 
 
 def setup(app: Any) -> None:
-    """Sphinx calls it."""
+    """Register the extensions; Sphinx calls it."""
     app.connect("autodoc-process-docstring", from_markdown, priority=400)  # before napoleon
     app.add_html_math_renderer("mathml", (formula, None), (formula, None))

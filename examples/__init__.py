@@ -1,1 +1,1 @@
-"""DINO as a LightningModule, scripts that fit it, and recipes: to be read, run and copied."""
+"""DINO as a LightningModule, scripts that train it, and recipes: to read, run and copy."""

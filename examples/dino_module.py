@@ -31,19 +31,19 @@ class DINO(LightningModule):
     """A student learns to predict, from each view of an image, its moving average's output for the global views.
 
     Args:
-        backbone: The network, images (B, C, H, W) of each view's size -> features (B, D).
-        head: The projection head, features (..., D) -> logits of K prototypes.
-        loss: The objective, for as many prototypes as the head has.
-        augment: The augmentation, images (B, C, H, W) -> V views; it runs on the device, in training only.
-        global_views: The number T of global views; they are the first views, and the teacher sees no others.
-        learning_rate: The learning rate after the warm-up, from which it falls along a cosine.
-        min_learning_rate: The learning rate at the end of the run.
-        warmup_epochs: The number of epochs in which the learning rate rises linearly.
-        weight_decay: The weight decay of matrices; biases, norms and scales have none.
-        clip_per_parameter: The maximum norm of each parameter's gradient, 3.0 for the authors; by default, only the
+        backbone: Network that maps images (B, C, H, W) of each view's size to features (B, D).
+        head: Projection head that maps features (..., D) to logits of K prototypes.
+        loss: Objective, with as many prototypes as the head.
+        augment: Augmentation that maps images (B, C, H, W) to V views; it runs on the device, only in training.
+        global_views: Number T of global views; they are the first views, and the teacher sees no others.
+        learning_rate: Learning rate after the warm-up, from which it falls along a cosine.
+        min_learning_rate: Learning rate at the end of the run.
+        warmup_epochs: Number of epochs in which the learning rate rises linearly.
+        weight_decay: Weight decay of matrices; biases, norms and scales have none.
+        clip_per_parameter: Maximum norm of each parameter's gradient (3.0 in the authors' code); by default, only the
             Trainer's gradient_clip_val clips.
-        seed: The seed of augmentation and dropout. With process, epoch and batch it determines all random draws, so
-            that a resumed run equals an uninterrupted one.
+        seed: Seed of augmentation and dropout. With process, epoch and batch it determines all random draws, so that a
+            resumed run equals an uninterrupted one.
     """
 
     def __init__(
@@ -72,18 +72,18 @@ class DINO(LightningModule):
         self.seed = seed
 
     def images(self, batch: Any) -> Tensor:
-        """The images (B, C, H, W) of a batch: the first of a tuple. Override it for batches of another form."""
+        """The images (B, C, H, W) of a batch: the first item of a tuple. Override it for batches of another form."""
         images: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
         return images
 
     def views(self, batch: Any, batch_idx: int) -> list[Tensor]:
-        """A batch -> V views (B, C, H', W'), the global ones first; seed, process, epoch and batch fix the draws."""
+        """A batch -> V views (B, C, H', W'), the global ones first; seed, process, epoch and batch determine them."""
         torch.manual_seed(derived_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
         with torch.autocast(self.device.type, enabled=False):
             return self.augment(self.images(batch))
 
     def outputs(self, side: nn.ModuleDict, views: list[Tensor]) -> FactoredLogits:
-        """Views (B, C, H, W) -> z (V, B, bottleneck) and prototypes (K, bottleneck), in place of logits."""
+        """Views (B, C, H, W) -> z (V, B, bottleneck) and prototypes (K, bottleneck), the factors of the logits."""
         features = multicrop_forward(side["backbone"], views)  # (V, B, D)
         factored: FactoredLogits = side["head"].factored_logits(features)  # type: ignore[operator]
         return factored
@@ -104,21 +104,21 @@ class DINO(LightningModule):
         return features
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **options: Any) -> None:
-        """Clip the gradient of each parameter, then all of them by the Trainer's gradient_clip_val."""
+        """Clip the gradient of each parameter, then all gradients together by the Trainer's gradient_clip_val."""
         if self.clip_per_parameter is not None:
             for parameter in self.student.parameters():
                 nn.utils.clip_grad_norm_(parameter, self.clip_per_parameter)
         self.clip_gradients(optimizer, *args, **options)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with weight decay on matrices only; a warm-up, then a cosine, by optimizer steps."""
+        """AdamW with weight decay only on matrices, and a learning rate with warm-up and cosine by optimizer steps."""
         optimizer = torch.optim.AdamW(parameter_groups(self.student, self.weight_decay), lr=self.learning_rate)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def rate(self, step: int) -> float:
-        """The factor of the learning rate at an optimizer step."""
-        if step == 0:  # called before the data are loaded: counting them now would break resuming their loader
+        """Factor of the learning rate at an optimizer step."""
+        if step == 0:  # called before the data are loaded: counting them here would break resuming the loader
             return float(self.warmup_epochs == 0)
         run = self.trainer
         warmup = self.warmup_epochs * math.ceil(run.num_training_batches / run.accumulate_grad_batches)

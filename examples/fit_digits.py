@@ -3,8 +3,8 @@
     python examples/fit_digits.py                 # writes to runs/digits
     python examples/fit_digits.py --resume        # resumes the run after Ctrl-C or a crash, bitwise
 
-The run is that of `dino-head fit --config digits`, with all of its flags; the script adds comparisons to summary.json.
-Training uses no label: the labels of 1,400 images vote on the 397 held-out ones (kNN) to measure the features.
+The script runs `dino-head fit --config digits`, with all of its flags, and adds comparisons to summary.json. Training
+uses no labels: to measure the features, the labels of the 1,400 images vote on the 397 held-out ones (kNN).
 """
 
 import json
@@ -35,7 +35,7 @@ Labelled = tuple[Tensor, Tensor]
 
 
 def digits(size: int = 16) -> tuple[Labelled, Labelled]:
-    """1,400 training and 397 held-out images (N, 1, size, size) in [0, 1] with labels (N,): always the same split."""
+    """1,400 training and 397 held-out images (N, 1, size, size) in [0, 1] with labels (N,), in a fixed split."""
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None] / 16  # (1797, 1, 8, 8), the original size
     images = F.interpolate(images, size, mode="bilinear")
@@ -48,8 +48,8 @@ class Digits(LightningDataModule):
     """The 1,400 training images, in batches of (images (B, 1, 16, 16), labels (B,)).
 
     Args:
-        batch_size: The number of images in a step.
-        seed: The seed of the order in which images come.
+        batch_size: Number of images in a batch.
+        seed: Seed of the order of the images.
     """
 
     def __init__(self, batch_size: int = 64, seed: int = 0) -> None:
@@ -61,7 +61,7 @@ class Digits(LightningDataModule):
         return digits()
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled, anew in each epoch."""
+        """The training images, shuffled in another order in each epoch."""
         assert self.trainer is not None
         return ResumableLoader(TensorDataset(*self.labelled()[0]), self.batch_size, self.trainer, self.seed)
 
@@ -74,8 +74,8 @@ class Digits(LightningDataModule):
 def digit_views(global_size: int = 16, local_size: int = 8) -> MultiCrop:
     """Two global and four local views for grey images of digits with values in [0, 1].
 
-    A digit is what it is through its shape: rotated by up to 0.4 rad, cropped and stretched, brighter or darker,
-    noisy; never mirrored.
+    They keep the shape of a digit recognisable: rotation by up to 0.4 rad, crops, stretching, contrast, brightness and
+    noise, but no mirroring.
     """
 
     def view(size: int, scale: tuple[float, float]) -> nn.Module:
@@ -104,8 +104,8 @@ def build(output_dim: int = 512, seed: int = 0) -> DINO:
     """The model of the recipe `digits`, in Python.
 
     Args:
-        output_dim: The number K of prototypes.
-        seed: The seed of augmentation.
+        output_dim: Number K of prototypes.
+        seed: Seed of the augmentation.
     """
     return DINO(
         conv_net(),
@@ -121,7 +121,7 @@ def build(output_dim: int = 512, seed: int = 0) -> DINO:
 
 @torch.no_grad()
 def knn_top1(features: Callable[[Tensor], Tensor], size: int = 16) -> float:
-    """The kNN accuracy on the held-out images, where each one's ten nearest training images vote."""
+    """Accuracy on the held-out images of a vote of their ten nearest training images."""
     (train, labels), (test, test_labels) = digits(size)
     accuracy = KNNAccuracy(features(train), labels, k=10)
     accuracy.update(features(test), test_labels)
@@ -129,7 +129,7 @@ def knn_top1(features: Callable[[Tensor], Tensor], size: int = 16) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit the recipe, and add comparisons to the summary."""
+    """Train with the recipe, and add comparisons to the summary."""
     cli = fit(with_recipe("digits", arguments))
     seed_everything(cli.config.seed_everything, verbose=False)
     summary = {

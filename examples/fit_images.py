@@ -2,12 +2,12 @@
 
     python examples/fit_images.py --data photos                # any tree of image files; writes to runs/images
     python examples/fit_images.py --resume                     # resumes the run after Ctrl-C, a crash or a full disk
-    python examples/fit_images.py --data NAME --stream 1000    # streams a large data set from the Hub, keeps no file
+    python examples/fit_images.py --data NAME --stream 1000    # streams a large data set from the Hub, stores nothing
 
-The script is `dino-head fit --config images`, with all of its flags, but computes the learning rate and the warm-up
+The script runs `dino-head fit --config images`, with all of its flags, but computes the learning rate and the warm-up
 from the batch size and the number of epochs.
 
-If the folders are classes, they are labels for the kNN accuracy alone, and every tenth image is held out for it. Files
+If the folders are classes, they are labels only for the kNN accuracy, for which every tenth image is held out. Files
 that cannot be decoded are skipped, counted, and listed in bad_files.txt.
 """
 
@@ -21,7 +21,7 @@ from dino_head.cli.fit import with_recipe
 
 
 def linear_rule(flags: argparse.Namespace) -> list[str]:
-    """The learning rate by the linear rule (Goyal et al. 2017), 5e-4 for 256 images a step, and the warm-up."""
+    """The learning rate by the linear rule (Goyal et al. 2017), 5e-4 for 256 images per step, and the warm-up."""
     batch_size, epochs = flags.batch_size or 64, flags.epochs or 100  # the recipe's
     processes = Trainer(devices=flags.devices or "auto", logger=False, enable_checkpointing=False).world_size
     warmup_epochs = min(10, epochs // 10)
@@ -29,7 +29,7 @@ def linear_rule(flags: argparse.Namespace) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit the recipe."""
+    """Train with the recipe."""
     fit(with_recipe("images", arguments, linear_rule))
 
 

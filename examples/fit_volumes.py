@@ -1,11 +1,11 @@
-"""DINO in three dimensions: volumes through MONAI, with the same head, loss and callbacks as in two.
+"""DINO on volumes, with MONAI, and with the same head, loss and callbacks as for images.
 
     python examples/fit_volumes.py                       # balls, boxes, tubes and shells that the script generates
     python examples/fit_volumes.py --data scans          # a folder of NIfTI files (.nii, .nii.gz)
     python examples/fit_volumes.py --resume              # resumes the run after Ctrl-C or a crash
 
-The script is `dino-head fit --config volumes`, with all of its flags, but generates volumes if there is no --data.
-Training uses no labels. The kNN accuracy of the generated volumes uses their kinds as labels.
+The script runs `dino-head fit --config volumes`, with all of its flags, but generates volumes if there is no --data.
+Training uses no labels. The kNN accuracy on the generated volumes uses their kinds as labels.
 
 Sizes: B samples, C channels, D, H and W voxels.
 """
@@ -27,7 +27,7 @@ SIZE = 24  # voxels of a volume along each axis
 
 
 def make_volumes(number: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Noisy volumes (number, 1, D, H, W) in [0, 1] of four kinds, of random place and radius; and their kinds."""
+    """Noisy volumes (number, 1, D, H, W) in [0, 1] of four kinds, with random position and radius, and their kinds."""
     random = torch.Generator().manual_seed(seed)
     grid = torch.stack(torch.meshgrid(*[torch.linspace(-1, 1, SIZE)] * 3, indexing="ij"))
     volumes, kinds = [], torch.arange(number) % 4
@@ -68,13 +68,13 @@ class MadeVolumes(LightningDataModule):
         return ResumableLoader(self.volumes, self.batch_size, self.trainer, self.seed)
 
     def knn_dataloaders(self) -> tuple[DataLoader[Any], DataLoader[Any]]:
-        """The volumes, which vote, and 128 other volumes."""
+        """The volumes, which vote, and 128 held-out volumes."""
         held_out = TensorDataset(*make_volumes(128, seed=1))
         return DataLoader(self.volumes, batch_size=64), DataLoader(held_out, batch_size=64)
 
 
 def dense_net(width: int = 16) -> nn.Sequential:
-    """A small DenseNet of MONAI: volumes (B, 1, D, H, W) of at least 12 voxels a side -> features (B, 3 * width)."""
+    """A small DenseNet of MONAI: volumes (B, 1, D, H, W) of at least 12 voxels per side -> features (B, 3 * width)."""
     from monai.networks.nets import DenseNet
 
     features = DenseNet(3, 1, 1, init_features=width, growth_rate=width // 2, block_config=(2, 4)).features
@@ -82,12 +82,12 @@ def dense_net(width: int = 16) -> nn.Sequential:
 
 
 def generate_without_data(flags: argparse.Namespace) -> list[str]:
-    """The data of a command without --data: generated volumes."""
+    """The arguments that select generated volumes if the command has no --data."""
     return [] if flags.data else ["--data.class_path=dino_head.examples.fit_volumes.MadeVolumes"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fit the recipe."""
+    """Train with the recipe."""
     fit(with_recipe("volumes", arguments, generate_without_data))
 
 

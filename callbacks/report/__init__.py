@@ -1,4 +1,4 @@
-"""A page about a run, with charts and pictures, for a look during training and afterwards."""
+"""A callback that writes a page about a run, with charts and pictures."""
 
 import io
 import json
@@ -31,36 +31,36 @@ class ReportCallback(Callback):
         Trainer(callbacks=[CollapseMonitorCallback(), KNNProbeCallback(train, test), ReportCallback("runs/mine"), ...])
 
     The page shows the results of the other callbacks: from CollapseMonitorCallback the loss split into entropy and KL
-    beside ln K, the rank, the schedules and the diagnoses; from KNNProbeCallback the accuracy; from all the receipts.
-    It also shows features of labelled or unlabelled images: a map of the held-out ones (principal components) and some
+    beside ln K, the rank, the schedules and the diagnoses; from KNNProbeCallback the accuracy; and all receipts. It
+    also shows features of labelled or unlabelled images: a map of the held-out images (principal components) and some
     of them beside their nearest neighbours among the training images. For backbones with the methods of the authors'
-    models it shows the first three principal components of the patch tokens as colours
+    models, it shows the first three principal components of the patch tokens as colours
     (`get_intermediate_layers(images, n=1)`) and the attention of the class token (`get_last_selfattention(images)`).
 
     `curves.json` contains the curves; the report of another run can draw them with `reference`.
 
-    The page is one file without links to others. It is written after each validation (in a run without validation,
-    every `every_n_epochs` epochs) and at the end; each file appears whole or not at all. Loggers that take images
-    (`log_image`, or an `experiment` with `add_image`) get the pictures too. If something cannot be drawn, the callback
-    warns and training continues; training is bitwise the same with and without the report. `fast_dev_run` writes no
-    report. Needs matplotlib.
+    The page is a single, self-contained file. It is written after each validation (in a run without validation, every
+    `every_n_epochs` epochs) and at the end; files are replaced atomically. Loggers that accept images (`log_image`, or
+    an `experiment` with `add_image`) receive the pictures too. If something cannot be drawn, the callback warns and
+    training continues; training is bitwise the same with and without the report. `fast_dev_run` writes no report.
+    Needs matplotlib.
 
     Args:
-        dirpath: Folder for the files; None: the logger's folder, or the Trainer's default_root_dir.
-        train: Loader of training images, the candidates for neighbours: (images, labels) or images alone; None: the
-            loader of KNNProbeCallback, or else of the datamodule, or else no such pictures.
-        test: Loader of held-out images; None: likewise.
-        module: Name of the submodule that returns features, as for KNNProbeCallback. With that callback's loaders, its
-            own module is used.
-        every_n_epochs: Epochs from one report to the next in a run without validation.
-        max_samples: Approximate maximum of samples from each loader, spread evenly over it.
-        reference: The curves.json of a good run. Its normalized loss and entropy and its kNN accuracy are drawn as
+        dirpath: Folder for the files; None for the logger's folder, or the Trainer's default_root_dir.
+        train: Loader of training images, the candidates for neighbours: batches of (images, labels) or of images; None
+            for the loader of KNNProbeCallback, or else of the datamodule, or else no such pictures.
+        test: Loader of held-out images; None as for `train`.
+        module: Name of the submodule that returns features, as for KNNProbeCallback, whose own module is used with its
+            loaders.
+        every_n_epochs: Number of epochs from one report to the next in a run without validation, >= 1.
+        max_samples: Approximate maximum number of samples from each loader, spread evenly over it.
+        reference: File curves.json of a good run. Its normalized loss and entropy and its kNN accuracy are drawn as
             dashed lines, at the same share of the run.
 
     Raises:
-        ValueError: An argument is out of range, or the reference is no curves.json.
-        MisconfigurationException: When training starts: the folder has the report of another run, one loader is
-            missing, or the module does not exist.
+        ValueError: An argument is out of range, or the reference is not a curves.json.
+        MisconfigurationException: When training starts, if the folder contains the report of another run, one loader
+            is missing, or the module does not exist.
         ModuleNotFoundError: matplotlib is not installed.
     """
 
@@ -86,13 +86,13 @@ class ReportCallback(Callback):
 
     @property
     def receipt(self) -> str | None:
-        """The path of the page, how often it was written, and the time that took; None before the first page."""
+        """The path of the page, and how often and in how much time it was written; None before the first page."""
         if not self._written:
             return None
         return f"{self._folder / 'report.html'} written {self._written} times, in {self._seconds:.1f} s together"
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget an earlier run, before a checkpoint is loaded."""
+        """Reset the state of an earlier run, before a checkpoint is loaded."""
         if stage == "fit" and trainer.global_step == 0 and trainer.current_epoch == 0:
             self._written, self._seconds = 0, 0.0
 
@@ -103,18 +103,19 @@ class ReportCallback(Callback):
         exists = trainer.strategy.broadcast((self._folder / "report.html").exists())
         if exists and trainer.global_step == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise MisconfigurationException(
-                f"{self._folder} holds the report of another run: move it away, or give ReportCallback another dirpath"
+                f"{self._folder} contains the report of another run: move it away, or give ReportCallback another "
+                "dirpath"
             )
         self._source = self._find_source(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """In a run without validation, write after all callbacks have finished the epoch before."""
+        """In a run without validation, write the report after all callbacks have finished the previous epoch."""
         epochs = trainer.current_epoch
         if not trainer.enable_validation and epochs and epochs % self.every_n_epochs == 0 and trainer.global_step:
             self._write(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write after each validation of a fit."""
+        """Write the report after each validation of a fit."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._write(trainer, pl_module)
 
@@ -124,7 +125,7 @@ class ReportCallback(Callback):
         rank_zero_info(self.receipt)
 
     def state_dict(self) -> dict[str, Any]:
-        """How often the page was written, and the time that took."""
+        """How often and in how much time the page was written."""
         return {"written": self._written, "seconds": self._seconds, "receipt": self.receipt}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -138,7 +139,7 @@ class ReportCallback(Callback):
         try:
             with evaluation(pl_module):
                 self._draw(trainer, pl_module, start)
-        except Exception as error:  # a picture is not worth a run
+        except Exception as error:  # a failed report must not end the run
             rank_zero_warn(f"no report in epoch {trainer.current_epoch}, and training continues: {as_text(error)}")
             return
         self._written += 1
@@ -181,7 +182,7 @@ class ReportCallback(Callback):
         _replace_file(self._folder / "report.html", text.encode())
 
     def _images(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Samples | None, Samples | None, PatchMaps]:
-        """Training and held-out samples, and maps of the first held-out ones; after an error, those before it."""
+        """Training and held-out samples, and maps of the first held-out ones; after an error, only those before it."""
         train = test = None
         maps = PatchMaps()
         if self._source is None:
@@ -202,13 +203,13 @@ class ReportCallback(Callback):
         return train, test, maps
 
     def _find_source(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, Loaders] | None:
-        """Module and loaders: this callback's own, KNNProbeCallback's, or the datamodule's; None if there are none."""
+        """Module and loaders of this callback, of KNNProbeCallback, or of the datamodule; None if there are none."""
         train, test, name = self.train, self.test, self.module
         probe = _find(trainer, KNNProbeCallback)
         if probe is not None and train is None and test is None:
             train, test, name = probe.train, probe.test, probe.module
         try:
-            with evaluation(pl_module):  # making loaders may draw random numbers
+            with evaluation(pl_module):  # creating loaders may draw random numbers
                 loaders = labelled_loaders(trainer, train, test, type(self).__name__)
         except MisconfigurationException:
             if train is not None or test is not None:
@@ -219,7 +220,7 @@ class ReportCallback(Callback):
 
 
 def _charts() -> Any:
-    """The module that needs matplotlib, imported when it is used."""
+    """The module that needs matplotlib, imported on use."""
     with packages_of_extras("ReportCallback"):
         from dino_head.callbacks.report import charts
     return charts
@@ -230,7 +231,7 @@ def _find(trainer: Trainer, kind: type[Kind]) -> Kind | None:
 
 
 def _replace_file(file: Path, content: bytes) -> None:
-    """Write the file whole or not at all, even after an error or a kill."""
+    """Replace the file atomically, so that an error or a kill leaves no incomplete file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -256,7 +257,7 @@ def _last_values(measurements: list[dict[str, float]], probes: list[dict[str, fl
 
 
 def _without_diagnosis(monitor: CollapseMonitorCallback | None) -> str:
-    """Why the page has no diagnosis."""
+    """The reason why the page has no diagnosis."""
     if monitor is None:
         return "No diagnosis: there is no CollapseMonitorCallback in this Trainer."
     if not monitor.has_judged:
@@ -265,7 +266,7 @@ def _without_diagnosis(monitor: CollapseMonitorCallback | None) -> str:
 
 
 def _log_picture(trainer: Trainer, name: str, file: Path) -> None:
-    """Log to loggers that take images: Weights & Biases and others by log_image, TensorBoard by add_image."""
+    """Log to loggers that accept images: Weights & Biases and others with log_image, TensorBoard with add_image."""
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(key=name, images=[str(file)], step=trainer.global_step)

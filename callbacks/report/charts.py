@@ -1,4 +1,4 @@
-"""The report's charts, drawn by matplotlib without a window or any global state.
+"""The report's charts, drawn with matplotlib without a window or global state.
 
 Sizes: N samples, k neighbours, h and w patches.
 """
@@ -31,7 +31,7 @@ SCHEDULES = {
     "teacher_momentum": "teacher momentum",
 }
 AXES = ("first", "second")
-MAX_CLASSES = 20  # with a colour and a name each
+MAX_CLASSES = 20  # with separate colours and names
 SHOWN, NEIGHBOURS = 6, 6  # held-out images, and neighbours of each
 
 
@@ -52,7 +52,7 @@ def draw_charts(
     maps: PatchMaps,
     reference: Curves | None,
 ) -> list[Chart]:
-    """All charts for which there are data; the reference is drawn under the run's own curves."""
+    """Draw all charts for which there are data, with the curves of the reference for comparison."""
     charts = []
     if measurements or probes or test is not None:
         caption = ""
@@ -86,7 +86,7 @@ def read_pixels(file: Path) -> Any:
 
 
 def overview(measurements: History, probes: History, test: Samples | None, reference: Curves) -> Figure:
-    """Loss, rank and kNN, schedules, and a map of held-out features, as far as there are data."""
+    """Draw loss, rank and kNN, schedules, and a map of held-out features, if there are data."""
     panels: list[Any] = []
     if measurements:
         panels.append(lambda figure, spec: _loss(figure.add_subplot(spec), measurements, reference))
@@ -105,7 +105,7 @@ def overview(measurements: History, probes: History, test: Samples | None, refer
 
 
 def neighbours(train: Samples, test: Samples) -> Figure:
-    """A row for each of some held-out images: the image, and its nearest training images."""
+    """Draw some held-out images, each in a row with its nearest training images."""
     assert train.pictures is not None
     assert test.pictures is not None
     shown = spaced_indices(len(test.features), min(SHOWN, len(test.features)))
@@ -127,7 +127,7 @@ def neighbours(train: Samples, test: Samples) -> Figure:
 
 
 def patches(images: Tensor, maps: PatchMaps) -> Figure:
-    """A column for each of the first images (N, H, W, 3), over the maps of its patches."""
+    """Draw the first images (N, H, W, 3), each in a column above the maps of its patches."""
     colours = None if maps.tokens is None else as_colours(maps.tokens)
     rows = [("image", images), ("patch tokens", colours), ("attention", maps.attention)]
     given = [(name, values) for name, values in rows if values is not None]

@@ -1,4 +1,4 @@
-"""The curves of a run as `curves.json`: a report writes them, and a later report can draw them as a reference."""
+"""Curves of a run in `curves.json`, which a later report can draw as a reference."""
 
 import json
 import math
@@ -9,7 +9,7 @@ Curves = dict[str, tuple[list[float], list[float]]]  # steps and values
 
 
 def read_curves(file: Path) -> dict[str, Any]:
-    """`steps` of the whole run, and the histories of CollapseMonitorCallback (`looks`) and KNNProbeCallback (`probes`).
+    """Read `steps` of the run, and the histories of CollapseMonitorCallback (`looks`) and KNNProbeCallback (`probes`).
 
     Raises:
         ValueError: The file is not the curves.json of a ReportCallback.
@@ -25,7 +25,7 @@ def read_curves(file: Path) -> dict[str, Any]:
 
 
 def rescale_curves(reference: dict[str, Any], steps: float) -> Curves:
-    """The reference's curves at the same share of a run of `steps` optimizer steps; unscaled for a run without end."""
+    """Rescale the reference's curves to a run of `steps` optimizer steps; a run without end leaves them unscaled."""
     is_finite = math.isfinite(steps) and math.isfinite(reference["steps"])
     scale = steps / reference["steps"] if is_finite else 1.0
     measurements, probes = reference["looks"], reference["probes"]

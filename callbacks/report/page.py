@@ -1,4 +1,4 @@
-"""The page for a browser, in one file."""
+"""The HTML of the report, in one file."""
 
 import base64
 import html
@@ -33,7 +33,7 @@ def render_page(
     pictures: Sequence[tuple[str, str, bytes]],
     receipts: Sequence[str],
 ) -> str:
-    """HTML of values by name, diagnoses (or a text without them), pictures (title, caption, PNG), and receipts."""
+    """Render values by name, diagnoses (or a text without any), pictures (title, caption, PNG) and receipts as HTML."""
     numbers = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in values.items())
     found = "".join(f'<p class="diagnosis {_severity(text)}">{_text(text)}</p>' for text in diagnoses)
     shown = "".join(

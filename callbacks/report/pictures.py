@@ -1,4 +1,4 @@
-"""Samples for the report, and the pictures made of them: thumbnails, principal components, maps of patches.
+"""Samples for the report, and their pictures: thumbnails, principal components, maps of patches.
 
 Sizes: B images, C channels, H and W pixels, N samples or tokens, D features, h and w patches.
 """
@@ -30,7 +30,7 @@ class Samples(NamedTuple):
 def take_samples(
     trainer: Trainer, pl_module: LightningModule, module: nn.Module, loader: Iterable[Any], max_samples: int
 ) -> Samples:
-    """Some samples of a loader, with labels or without, in main memory.
+    """Compute features and thumbnails of some samples of a loader, with or without labels, on the CPU.
 
     Raises:
         ValueError: The loader has no batch, or features are not (B, D) or not finite.
@@ -60,9 +60,9 @@ def take_samples(
 
 
 def thumbnails(inputs: Any) -> Tensor | None:
-    """Images (B, C, H, W) or volumes (B, C, depth, H, W) -> (B, h, w, 3) in [0, 1], each by its own range; else None.
+    """Images (B, C, H, W) or volumes (B, C, depth, H, W) -> (B, h, w, 3) in [0, 1], each on its own scale; else None.
 
-    Volumes are shown by their middle slice; 2 channels by the first, more than 3 by the first three.
+    Volumes are shown by their middle slice, 2 channels by the first, and more than 3 by the first three.
     """
     if not isinstance(inputs, Tensor) or inputs.dim() not in (4, 5) or not inputs.shape[1]:
         return None
@@ -79,7 +79,7 @@ def thumbnails(inputs: Any) -> Tensor | None:
 
 
 class PatchMaps(NamedTuple):
-    """Tokens (B, h, w, D) and attention (B, h, w) of the patches of some images, where the backbone has them."""
+    """Tokens (B, h, w, D) and attention (B, h, w) of the patches of some images, if the backbone provides them."""
 
     tokens: Tensor | None = None
     attention: Tensor | None = None
@@ -90,7 +90,7 @@ def principal_components(features: Tensor, count: int) -> Tensor:
     centered = (features - features.mean(dim=0)).double()
     u, sigma, axes = torch.linalg.svd(centered, full_matrices=False)
     largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).squeeze(1)
-    found = (u * sigma * largest.sign())[:, :count].float()  # an axis has no sign of its own
+    found = (u * sigma * largest.sign())[:, :count].float()  # the sign of an axis is arbitrary
     return F.pad(found, (0, count - found.shape[1]))
 
 
@@ -132,7 +132,7 @@ def as_colours(tokens: Tensor) -> Tensor:
 
 
 def _grid(backbone: Any, tokens: int, images: Tensor) -> tuple[int, int]:
-    """Patches along both sides: by the backbone's `patch_size`, or else the largest grid of its tokens."""
+    """Number of patches along both sides, from the backbone's `patch_size`, or else the largest grid of its tokens."""
     height, width = images.shape[-2:]
     sized = backbone if hasattr(backbone, "patch_size") else getattr(backbone, "patch_embed", None)
     patch = getattr(sized, "patch_size", None)

@@ -1,6 +1,6 @@
-"""Weights in and out: the heads of the DINO authors, of the libraries around them and of Lightning runs.
+"""Load and export heads: from the DINO authors' checkpoints, other libraries and Lightning runs.
 
-dino-head inspect FILE      # the heads of a file, and how load_head maps each key
+dino-head inspect FILE      # shows the heads of a file, and how load_head maps each key
 """
 
 import logging
@@ -34,30 +34,30 @@ def load_head(
         head = load_head("dino_vitbase16_pretrain_full_checkpoint.pth")
         load_head("last.ckpt", "student", head=module.student["head"])
 
-    The keys may be those of DINO, DINOv2, DINOv3, solo-learn, lightly, lightly-train, nidl or this library (listed at
-    `export_head`), under any prefix and in nested dictionaries. Keys and shapes determine the head but for the
-    activation, which is GELU in all of these projects. The logger `dino_head.checkpoints` logs the place of each key at
-    level INFO. A key of the head that has no place in the module is an error.
+    It reads the keys of DINO, DINOv2, DINOv3, solo-learn, lightly, lightly-train, nidl and this library (listed at
+    `export_head`), under any prefix and in nested dictionaries. Keys and shapes determine the head except for the
+    activation, which is GELU in all of these projects. The logger `dino_head.checkpoints` logs the mapping of each key
+    at level INFO. A key of the head that has no counterpart in the module raises an error.
 
-    Files are read with `torch.load(weights_only=True)` or as safetensors, so that no code in them runs. They are
-    memory-mapped, so that only the head stays in memory. (Files of torch before 1.6 cannot be mapped.)
+    Files are read with `torch.load(weights_only=True)` or as safetensors, so no code in them runs. They are
+    memory-mapped, so only the head stays in memory. (Files saved by torch before 1.6 cannot be mapped.)
 
     Args:
-        source: File of torch.save (a state dict or the checkpoint of a whole training), safetensors file, index of
+        source: File written by torch.save (a state dict or a full training checkpoint), safetensors file, index of
             sharded safetensors (`*.safetensors.index.json`), or state dict.
         part: Path of the head or a part of the path, such as "student" or "teacher.dino_head". "teacher" also matches
-            paths with "momentum" or "ema", and "student" the head beside a teacher's.
-        head: Head to load into, unchanged after an error. By default, a new head in float32 or the highest precision of
-            its tensors, whichever is higher.
-        norm_last_layer: As in `DINOProjectionHead`, for a new head. By default, True if each `weight_g` is 1, False if
-            one is not, and None (no weight norm) if the checkpoint has no `weight_g`.
+            paths with "momentum" or "ema"; "student" also matches the other head if one is a teacher's.
+        head: Head to load into; it stays unchanged after an error. By default, a new head in float32 or the highest
+            precision of its tensors, whichever is higher.
+        norm_last_layer: Option of `DINOProjectionHead` for a new head. By default, True if each `weight_g` is 1, False
+            if one is not, and None (no weight norm) if the checkpoint has no `weight_g`.
 
     Returns:
         The head, in training mode if it is new. Its outputs equal those of the head in the checkpoint.
 
     Raises:
         ValueError: No head or several match; the head has missing or unexpected keys, wrong shapes or values that are
-            not finite; the file is no checkpoint.
+            not finite; the file is not a checkpoint.
         OSError: The file cannot be opened.
     """
     if norm_last_layer not in (None, True, False):
@@ -87,16 +87,16 @@ def load_head(
 def export_head(
     head: DINOProjectionHead, layout: Literal["dino", "dinov3", "lightly", "lightly-train"]
 ) -> dict[str, Tensor]:
-    """Return the head's state dict under the keys of another project.
+    """Return the head's state dict with the keys of another project.
 
-    The tensors are contiguous copies in main memory, for torch.save or safetensors:
+    The tensors are contiguous copies on the CPU, for torch.save or safetensors:
 
         torch.save(export_head(head, "dino"), "head.pth")
 
     Args:
         head: Any DINO head.
-        layout: Keys of the result. "dino" (also of DINOv2 and solo-learn): `mlp.{i}.*`, or `mlp.*` if the MLP is a
-            single layer, `last_layer.weight_g` and `last_layer.weight_v`. "lightly" (also of nidl): `layers.{i}.*` and
+        layout: Keys of the result. "dino" (also for DINOv2 and solo-learn): `mlp.{i}.*`, or `mlp.*` if the MLP is a
+            single layer, `last_layer.weight_g` and `last_layer.weight_v`. "lightly" (also for nidl): `layers.{i}.*` and
             the same last layer; these are the head's own keys if it has weight norm. "lightly-train" (its DINOv2):
             `mlp.{i}.*`, `last_layer.parametrizations.weight.original0` and `original1`. "dinov3": `mlp.{i}.*` and a
             plain `last_layer.weight`, which equals the weight-normalised one up to rounding. In the layouts with weight
@@ -106,7 +106,7 @@ def export_head(
         The state dict.
 
     Raises:
-        ValueError: The layout is unknown; `head` is no DINO head, has other parameters besides, or is sharded; a value
+        ValueError: The layout is unknown; `head` is not a DINO head, has additional parameters, or is sharded; a value
             is not finite.
     """
     if layout not in [*LAYOUTS]:

@@ -1,4 +1,4 @@
-"""The tensors of a head as the state of a module: the arguments of the module, and the form of the last layer.
+"""Conversion of a checkpoint's tensors to a DINOProjectionHead: its arguments, and the form of the last layer.
 
 Sizes: D bottleneck width, K prototypes.
 """
@@ -33,7 +33,7 @@ def check_whole(tensors: Mapping[str, object], remedy: str) -> None:
 def fit_head(
     found: FoundHead, head: DINOProjectionHead | None = None, norm_last_layer: bool | None = None
 ) -> tuple[DINOProjectionHead, dict[str, Tensor]]:
-    """The module for a head of a checkpoint, and its state dict.
+    """Return a module for the head of a checkpoint, and the module's state dict.
 
     Args:
         found: Head of a checkpoint.
@@ -41,7 +41,7 @@ def fit_head(
         norm_last_layer: As in `load_head`.
 
     Raises:
-        ValueError: The head is not complete or not finite, or does not fit the module.
+        ValueError: The head is incomplete or not finite, or does not fit the module.
     """
     name = f"the head {found.path!r}" if found.path else "the head"
     if len(found.roots) > 1:
@@ -75,7 +75,7 @@ def constructor_call(arguments: Mapping[str, Any]) -> str:
 
 
 def arguments_for(tensors: Tensors, norm_last_layer: bool | None = None) -> dict[str, Any]:
-    """The arguments of DINOProjectionHead that follow from keys and shapes; `norm_last_layer` as in `load_head`."""
+    """Arguments of DINOProjectionHead, inferred from keys and shapes; `norm_last_layer` as in `load_head`."""
     matrices = {
         int(key.split(".")[1]): tensor
         for key, tensor in tensors.items()
@@ -122,7 +122,7 @@ def state_for(target: DINOProjectionHead, tensors: Tensors, names: Mapping[str, 
         target: Module for the state dict. If it is on the meta device, the copies have the highest precision of the
             tensors, or torch's default if that is higher.
         tensors: Tensors by our keys.
-        names: The checkpoint's keys by ours, for errors.
+        names: Keys of the checkpoint by our keys, for error messages.
 
     Raises:
         ValueError: The tensors do not fit, or are not finite.
@@ -132,12 +132,12 @@ def state_for(target: DINOProjectionHead, tensors: Tensors, names: Mapping[str, 
     for tensor in tensors.values():
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1:  # float8 cannot be promoted
             precision = torch.promote_types(precision, tensor.dtype)
-    wide = {  # so that a converted last layer is rounded once, at the end
+    wide = {  # so that a converted last layer is rounded only once, at the end
         key: tensor.to(precision) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()
     }
     layer = target.last_layer
     converted = with_last_layer(wide, is_weight_normed=isinstance(layer, WeightNormPrototypes))
-    # Fixed norms are 1. In a teacher nothing is trainable, so that its norms may be fixed or not.
+    # Fixed norms are 1. Nothing in a teacher is trainable, so this does not tell whether its norms are fixed.
     if isinstance(layer, WeightNormPrototypes) and layer.weight_v.requires_grad and not layer.weight_g.requires_grad:
         plain = tensors.get("last_layer.weight")
         check_finite(wide, names)
@@ -153,7 +153,7 @@ def state_for(target: DINOProjectionHead, tensors: Tensors, names: Mapping[str, 
 
 
 def check_finite(tensors: Tensors, names: Mapping[str, str]) -> None:
-    """Raise ValueError for values that are not finite, or that lead to outputs that are not."""
+    """Raise ValueError for values that are not finite, or that make the outputs not finite."""
     for key, tensor in tensors.items():
         bad, problem = ~tensor.isfinite(), "not finite"
         if key.endswith("running_var"):

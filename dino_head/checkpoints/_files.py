@@ -1,4 +1,4 @@
-"""Reading the tensors of a checkpoint: no code runs, files are mapped, and errors name the kind of a wrong file."""
+"""Read the tensors of a checkpoint: no code runs, files are memory-mapped, and errors name the kind of a wrong file."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dino_head._extras import packages_of_extras
 
-# Files without weights that downloads and conversions leave, by their first bytes.
+# Files without weights that failed downloads and conversions produce, by their first bytes.
 NO_WEIGHTS = {
     b"<": "a web page: the address needs a login, or is not the address of the file itself",
     b"version https://git-lfs": "a pointer of Git LFS: fetch the file itself with `git lfs pull`",
@@ -27,14 +27,14 @@ ALLOWING = threading.Lock()  # torch's list of allowed classes is global
 
 
 class Contents(NamedTuple):
-    """A checkpoint whose nested dictionaries are joined to paths: `teacher.head.mlp.0.weight`."""
+    """A checkpoint with its nested dictionaries flattened to paths such as `teacher.head.mlp.0.weight`."""
 
     tensors: dict[str, Tensor]  # mapped from the file, so that only those in use are read
     others: list[str]  # paths of other values
 
 
 def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Contents:
-    """Read a state dict, a file of torch.save, a safetensors file or the JSON index of sharded safetensors.
+    """Read a state dict, a file written by torch.save, a safetensors file or the JSON index of sharded safetensors.
 
     Raises:
         ValueError: The source is something else.
@@ -57,7 +57,7 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Contents:
         return Contents(_read_safetensors(file), [])
     for beginning, what in NO_WEIGHTS.items():
         if start.lstrip().startswith(beginning):
-            raise ValueError(f"{file} holds no weights: it is {what}")
+            raise ValueError(f"{file} contains no weights: it is {what}")
     if not start.strip():
         raise ValueError(f"{file} is {'blank' if start else 'empty'}: download or copy it again")
     if start.lstrip().startswith(b"{"):
@@ -66,7 +66,7 @@ def read(source: str | os.PathLike[str] | Mapping[str, Any]) -> Contents:
 
 
 def flatten(source: Mapping[str, Any]) -> Contents:
-    """Join nested dictionaries to one."""
+    """Flatten nested dictionaries."""
     tensors: dict[str, Tensor] = {}
     others = []
     for path, value in _leaves(source, ""):
@@ -93,22 +93,22 @@ def _leaves(node: Mapping[Any, Any], prefix: str, depth: int = 0) -> Iterator[tu
 
 
 def _read_torch(file: Path, is_zip: bool) -> Mapping[str, Any]:
-    """torch.load without running code. It allows argparse.Namespace, as the authors' files hold their options."""
+    """torch.load without running code. It allows argparse.Namespace, which the authors' files contain."""
     with ALLOWING:
         is_allowed = argparse.Namespace in torch.serialization.get_safe_globals()
         with torch.serialization.safe_globals([] if is_allowed else [argparse.Namespace]):
             try:
-                # Files of torch before 1.6 are no zip archives and cannot be mapped.
+                # Files saved by torch before 1.6 are not zip archives and cannot be mapped.
                 loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
             except Exception as error:  # depends on the file
                 raise ValueError(_about_pickle(file, is_zip, error)) from None
     if not isinstance(loaded, Mapping):
-        raise ValueError(f"{file} holds a {type(loaded).__name__}, expected a state dict or a checkpoint's dictionary")
+        raise ValueError(f"{file} contains a {type(loaded).__name__}, expected a state dict or a checkpoint's dict")
     return loaded
 
 
 def _about_pickle(file: Path, is_zip: bool, error: Exception) -> str:
-    """Why torch.load refused a file, without its advice to run the code in the file."""
+    """The reason why torch.load rejected a file, without its advice to run the code in the file."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file) if is_zip else []
     except Exception:  # damaged as well
@@ -116,9 +116,9 @@ def _about_pickle(file: Path, is_zip: bool, error: Exception) -> str:
     names = names or re.findall(r"GLOBAL (\S+)", str(error))
     if names:
         return (
-            f"{file} is refused: besides tensors it holds {', '.join(names)}, which could run code. No code ran. Allow "
-            "classes that you know to be harmless with torch.serialization.add_safe_globals([...]), save the state "
-            "dict alone if you trust the file's author, or ask for safetensors"
+            f"{file} is refused: besides tensors it contains {', '.join(names)}, which could run code. No code ran. "
+            "Allow classes that you know to be harmless with torch.serialization.add_safe_globals([...]), save the "
+            "state dict alone if you trust the file's author, or ask for safetensors"
         )
     reason = re.search(r"(?:WeightsUnpickler error: |Trying to |Can only )[^\n]+", str(error))
     return (
@@ -142,7 +142,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Read sharded safetensors. The index names the file of each tensor, in the folder of the index."""
+    """Read sharded safetensors. The index lists the file of each tensor, in its own folder."""
     try:
         places = json.loads(index.read_text())["weight_map"]
         names = sorted(set(places.values()))

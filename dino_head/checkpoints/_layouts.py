@@ -1,4 +1,4 @@
-"""The keys of DINO heads in checkpoints: where a head is, and which of our keys each of its keys is."""
+"""Keys of DINO heads in checkpoints: finding the heads, and mapping their keys to ours."""
 
 import itertools
 import re
@@ -46,8 +46,8 @@ class FoundHead:
     path: str  # without wrappers; "" if the checkpoint is the head
     tensors: dict[str, Tensor] = field(default_factory=dict)  # by our keys
     names: dict[str, str] = field(default_factory=dict)  # our keys -> the checkpoint's
-    unexplained: list[str] = field(default_factory=list)  # the checkpoint's keys that are below the path and unknown
-    roots: set[str] = field(default_factory=set)  # the path with wrappers; one, unless two heads share the path
+    unexplained: list[str] = field(default_factory=list)  # unknown keys of the checkpoint below the path
+    roots: set[str] = field(default_factory=set)  # the path with wrappers; several if two heads share the path
 
 
 def without_wrappers(key: str) -> str:
@@ -65,11 +65,11 @@ def parse(key: str) -> tuple[str, str] | None:
 
 
 def find_heads(tensors: Mapping[str, Tensor], others: Iterable[str] = ()) -> dict[str, FoundHead]:
-    """All heads by their paths. A head is an MLP and a last layer side by side.
+    """Find all heads, by their paths. A head is an MLP and a last layer with the same parent.
 
     Args:
         tensors: Tensors of a checkpoint.
-        others: Keys of the checkpoint that are no tensors.
+        others: Keys of the checkpoint whose values are not tensors.
 
     Raises:
         ValueError: There is no head.
@@ -125,7 +125,8 @@ def select(heads: Mapping[str, FoundHead], part: str) -> FoundHead:
     ]
     if part in ("teacher", "student"):
         choices.append(teachers if part == "teacher" else students)
-        # A head without a side is the student beside a teacher, and matches both if it is the only head.
+        # A head without "teacher" or "student" in its path is the student if there is a teacher; if it is the only
+        # head, it matches both.
         choices.append(neutral if (part == "student" and not students) or len(heads) == 1 else [])
     else:
         choices.append([path for path in heads if part in re.split(r"[._]", path)])
@@ -139,7 +140,7 @@ def select(heads: Mapping[str, FoundHead], part: str) -> FoundHead:
 
 
 def grouped(names: Iterable[str], paths: Collection[str] = ()) -> list[str]:
-    """Keys in groups, cut after the part in which they differ from the path of a head, with the size of each group."""
+    """Group keys by their first part that differs from the path of a head, with the size of each group."""
     counts: Counter[str] = Counter()
     for name in names:
         parts = without_wrappers(name).split(".")
@@ -150,10 +151,10 @@ def grouped(names: Iterable[str], paths: Collection[str] = ()) -> list[str]:
 
 
 def _shared(one: Sequence[str], other: Sequence[str]) -> int:
-    """The number of leading parts that are equal."""
+    """Number of equal leading parts."""
     return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
 
 
 def listed(items: Sequence[str], most: int = 8) -> str:
-    """The first items, separated by commas, and the number of further ones."""
+    """The first items, separated by commas, and the number of the remaining ones."""
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -1,4 +1,4 @@
-"""Reports of the heads in a checkpoint: the place of each key, and the rest of the file."""
+"""Reports about the heads in a checkpoint: the mapping of each key, and the rest of the file."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from dino_head.checkpoints._layouts import FoundHead, find_heads, grouped
 
 
 def describe(source: str | os.PathLike[str]) -> tuple[str, bool]:
-    """Report the heads in a checkpoint.
+    """Describe the heads in a checkpoint.
 
     Args:
         source: File, as for `load_head`.
@@ -20,7 +20,7 @@ def describe(source: str | os.PathLike[str]) -> tuple[str, bool]:
         The report, and whether `load_head` can load every head.
 
     Raises:
-        ValueError: The file holds no head, or is no checkpoint.
+        ValueError: The file contains no head, or is not a checkpoint.
         OSError: The file cannot be opened.
     """
     contents = read(source)
@@ -37,7 +37,7 @@ def describe(source: str | os.PathLike[str]) -> tuple[str, bool]:
 
 
 def head_lines(found: FoundHead, state: Mapping[str, Tensor], why: str = "") -> list[str]:
-    """The head's arguments, the reason for `norm_last_layer` (by default, the values), and the place of each key."""
+    """The head's arguments, the reason for `norm_last_layer` (by default, the values), and the mapping of each key."""
     arguments = arguments_for(state)
     norm = arguments["norm_last_layer"]
     reasons = {None: "there is no weight norm", True: "each weight_g is 1", False: "a weight_g is not 1"}
@@ -53,7 +53,7 @@ def head_lines(found: FoundHead, state: Mapping[str, Tensor], why: str = "") -> 
 
 
 def other_lines(contents: Contents, heads: Collection[FoundHead]) -> list[str]:
-    """The tensors of a checkpoint that are not in these heads, in groups, and its entries that are no tensors."""
+    """The tensors of a checkpoint that are not in these heads, in groups, and its entries that are not tensors."""
     used = {name for head in heads for name in [*head.names.values(), *head.unexplained]}
     unused = grouped([name for name in contents.tensors if name not in used], [head.path for head in heads])
     lines = [f"not used: {', '.join(unused)}"] if unused else []

@@ -1,4 +1,4 @@
-"""The command line: `dino-head fit` trains, `dino-head inspect` shows what a checkpoint holds."""
+"""The command line: `dino-head fit` trains, `dino-head inspect` shows the heads in a checkpoint."""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ usage: dino-head COMMAND ...
 
   dino-head fit --config digits                     train on handwritten digits, in a few minutes on a CPU
   dino-head fit --config images --data FOLDER       train a vision transformer on a folder of images
-  dino-head inspect FILE                            show the DINO heads that a checkpoint holds
+  dino-head inspect FILE                            show the DINO heads in a checkpoint
 
 `dino-head fit --help` lists the recipes and the flags.
 """
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
     Args:
-        arguments: The words after `dino-head`; by default, the words of the command line.
+        arguments: Arguments after `dino-head`; by default, those of the command line.
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command == "fit":

@@ -1,6 +1,6 @@
-"""`python -m dino_head.cli` is `dino-head`."""
+"""`python -m dino_head.cli` runs `dino-head`."""
 
 from dino_head.cli import main
 
-if __name__ == "__main__":  # processes that spawn starts import this file
+if __name__ == "__main__":  # spawned processes import this file
     main()

@@ -1,4 +1,4 @@
-"""`dino-head fit`: LightningCLI with recipes, short flags and a folder for everything that a run writes."""
+"""`dino-head fit`: LightningCLI with recipes, short flags and one folder for all output of a run."""
 
 import argparse
 import json
@@ -21,7 +21,7 @@ from dino_head.cli.run_folder import AtomicCheckpointIO, check_same_data, open_r
 from dino_head.vision.data_wait import DataWait
 
 Kind = TypeVar("Kind", bound=Callback)
-NOISE = (  # lines of jsonargparse's errors that give no reason
+NOISE = (  # lines of jsonargparse's errors that do not help
     "Does not validate",
     "Subtypes:",
     "Errors:",
@@ -38,12 +38,12 @@ class FitCLI(LightningCLI):
     """Model, data and Trainer of a run, built from its command.
 
     Args:
-        arguments: The words after `dino-head fit`.
+        arguments: Arguments after `dino-head fit`.
 
     Attributes:
-        out: The folder of the run.
-        checkpoint: The checkpoint to resume from, or None for a run that starts.
-        results: The contents of summary.json, after the run.
+        out: Folder of the run.
+        checkpoint: Checkpoint to resume from, or None for a new run.
+        results: Contents of summary.json, after the run.
     """
 
     out: Path
@@ -62,20 +62,20 @@ class FitCLI(LightningCLI):
         else:
             self.file = Path(self.flags.out) / "config.yaml"
             if not self.file.is_file():
-                self.command.error(f"argument --resume: {self.flags.out} holds no run: start it with --config")
+                self.command.error(f"argument --resume: {self.flags.out} contains no run: start it with --config")
         super().__init__(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
-            save_config_callback=None,  # open_run keeps the configuration
+            save_config_callback=None,  # open_run saves the configuration
             parser_kwargs={"exit_on_error": False},
             run=False,
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the file, the short flags and the full paths, the later ones over the earlier ones."""
+        """Parse the file, then the short flags, then the full paths; later values override earlier ones."""
         flags = rewritten(self.flags)
         file = f"--config={self.file}"
         try:
@@ -108,7 +108,7 @@ class FitCLI(LightningCLI):
             self.command.error(str(error))
 
     def instantiate_classes(self) -> None:
-        """Build everything; a value that a class refuses is an error of one line."""
+        """Build all objects; if a class rejects a value, exit with an error of one line."""
         try:
             super().instantiate_classes()
             if (description := getattr(self.datamodule, "description", None)) is not None:
@@ -117,7 +117,7 @@ class FitCLI(LightningCLI):
             self.command.error(_reason(error))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the Trainer, which writes to the folder of the run alone."""
+        """Build the Trainer, which writes only to the folder of the run."""
         settings = self.config_init["trainer"]
         given = settings["callbacks"] or []
         callbacks = list(given) if isinstance(given, list) else [given]
@@ -145,7 +145,7 @@ def _configs(configs: Any) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    """The message of jsonargparse in one line, without the types that it tried."""
+    """The message of jsonargparse in one line, without the list of types that it tried."""
     lines = [line.strip().removeprefix("- ") for line in str(error).splitlines()]
     return " ".join(line for line in lines if line and not line.startswith(NOISE))
 
@@ -157,12 +157,12 @@ def _needs_data(error: Exception) -> bool:
 def with_recipe(
     recipe: str, arguments: Sequence[str] | None, rule: Callable[[argparse.Namespace], Sequence[str]] | None = None
 ) -> list[str]:
-    """The arguments of a script that fits a recipe; a command that resumes a run leaves its configuration as it is.
+    """Arguments of `dino-head fit` for a script that fits a recipe; a resumed run keeps its own configuration.
 
     Args:
-        recipe: The recipe's name.
-        arguments: The arguments of the script; by default, the words of the command line.
-        rule: The short flags of the command -> arguments for which the script has its own defaults.
+        recipe: Name of the recipe.
+        arguments: Arguments of the script; by default, those of the command line.
+        rule: Function that maps the short flags to arguments for which the script has its own defaults.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     flags, _ = Command().parse_known_args(given)
@@ -176,7 +176,7 @@ def fit(arguments: Sequence[str]) -> FitCLI:
     """Train as the command describes, and write DIR/summary.json.
 
     Args:
-        arguments: The words after `dino-head fit`.
+        arguments: Arguments after `dino-head fit`.
 
     Returns:
         Model, data and Trainer after the run.

@@ -1,4 +1,4 @@
-"""The short flags of `dino-head fit`: a table that rewrites each to paths of the configuration."""
+"""The short flags of `dino-head fit`, and the settings of the configuration that each of them sets."""
 
 import argparse
 import json
@@ -17,11 +17,11 @@ class Flag(NamedTuple):
     """A short flag.
 
     Args:
-        name: Its name, without dashes.
-        metavar: The name of its value in the help.
-        parse: Text -> value; raises ValueError for a wrong value.
+        name: Name without dashes.
+        metavar: Name of the value in the help.
+        parse: Function that converts text to a value; raises ValueError for a wrong value.
         help: One line of the help.
-        rewrite: Value -> the paths of the configuration, and the value of each.
+        rewrite: Function that maps a value to paths of the configuration with their values.
     """
 
     name: str
@@ -38,7 +38,7 @@ def _at_least(least: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
         return value
 
-    parse.__name__ = "int"  # argparse names the type in its error
+    parse.__name__ = "int"  # argparse shows the type in its error
     return parse
 
 
@@ -97,13 +97,13 @@ FLAGS = (
     ),
     Flag("out", "DIR", str, "folder of the run (default: runs/NAME of the recipe)", _to("trainer.default_root_dir")),
     Flag("epochs", "N", _at_least(1), "passes over the data", _to("trainer.max_epochs")),
-    Flag("batch-size", "N", _at_least(2), "samples of a step in each process", _to("data.init_args.batch_size")),
-    Flag("workers", "N", _at_least(0), "processes that read files", _to("data.init_args.workers")),
+    Flag("batch-size", "N", _at_least(2), "samples per step in each process", _to("data.init_args.batch_size")),
+    Flag("workers", "N", _at_least(0), "worker processes that read files", _to("data.init_args.workers")),
     Flag("learning-rate", "X", _positive, "learning rate after the warm-up", _to("model.init_args.learning_rate")),
-    Flag("prototypes", "N", _at_least(2), "prototypes", _to(f"{HEAD}.output_dim", f"{LOSS}.output_dim")),
+    Flag("prototypes", "N", _at_least(2), "number of prototypes", _to(f"{HEAD}.output_dim", f"{LOSS}.output_dim")),
     Flag("size", "NAME", _vit_size, "size of the ViT: tiny, small, base or large", _rewrite_size),
-    Flag("global-size", "PIXELS", _pixels, "size of the global views", _rewrite_global_size),
-    Flag("local-size", "PIXELS", _pixels, "size of the local views", _to(f"{AUGMENT}.local_size")),
+    Flag("global-size", "PIXELS", _pixels, "height and width of the global views", _rewrite_global_size),
+    Flag("local-size", "PIXELS", _pixels, "height and width of the local views", _to(f"{AUGMENT}.local_size")),
     Flag("stream", "STEPS", _at_least(1), "read the images as a stream, with epochs of STEPS steps", _rewrite_stream),
     Flag("precision", "NAME", str, "precision of the Trainer, such as bf16-mixed", _to("trainer.precision")),
     Flag("devices", "N", _devices, "devices of the Trainer", _to("trainer.devices")),
@@ -118,7 +118,7 @@ FLAGS = (
 
 
 def recipes() -> dict[str, Path]:
-    """The files of the shipped recipes by name."""
+    """Files of the shipped recipes, by name."""
     folder = Path(str(resources.files("dino_head.examples") / "recipes"))
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
@@ -130,15 +130,15 @@ class Command(argparse.ArgumentParser):
         super().__init__(
             prog="dino-head fit",
             usage="dino-head fit --config NAME_OR_FILE [flags] [--full.path VALUE ...]",
-            description="Trains as a recipe describes: model, data, Trainer and callbacks. Everything that a run "
-            "writes lies in its folder.",
+            description="Trains as a recipe describes: model, data, Trainer and callbacks. Writes everything to the "
+            "folder of the run.",
             epilog=f"""\
 recipes: {", ".join(recipes())}
 
-Any other value is set by its full path, after the flags: --trainer.max_steps 100
+Set any other value by its full path, after the flags: --trainer.max_steps 100
 Options of a class:        dino-head fit --config digits --model.help dino_head.examples.dino_module.DINO
-A copy of a recipe:        dino-head fit --config digits --print_config > mine.yaml
-A run that was stopped:    dino-head fit --resume --out DIR""",
+Copy a recipe:             dino-head fit --config digits --print_config > mine.yaml
+Resume a stopped run:      dino-head fit --resume --out DIR""",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
@@ -152,12 +152,12 @@ A run that was stopped:    dino-head fit --resume --out DIR""",
             self.add_argument(f"--{flag.name}", metavar=flag.metavar, type=flag.parse, help=flag.help)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with one line."""
+        """Exit with an error of one line."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def config_file(command: Command, name: str) -> Path:
-    """The recipe of that name, or the file."""
+    """File of the recipe of this name, or the file itself."""
     known = recipes()
     file = known.get(name, Path(name))
     if not file.is_file():
@@ -166,14 +166,14 @@ def config_file(command: Command, name: str) -> Path:
 
 
 def rewritten(args: argparse.Namespace) -> dict[str, str]:
-    """The flags that are set, and a configuration in JSON for each, in the order of the table."""
+    """The given flags with the configuration in JSON that each sets, in the order of the table."""
     configs = {}
     for flag in FLAGS:
         value = getattr(args, flag.name.replace("-", "_"))
         if value is not None:
             nested: dict[str, Any] = {}
             for path, leaf in flag.rewrite(value).items():
-                if not (args.stream and path.endswith(".eval_size")):  # a stream holds no image out
+                if not (args.stream and path.endswith(".eval_size")):  # streams have no held-out images
                     _put(nested, path.split("."), leaf)
             configs[f"--{flag.name} {value}"] = json.dumps(nested)
     return configs

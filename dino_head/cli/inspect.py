@@ -1,4 +1,4 @@
-"""`dino-head inspect`: the DINO heads that a checkpoint holds."""
+"""`dino-head inspect`: shows the DINO heads in a checkpoint."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ def inspect(arguments: Sequence[str] | None = None) -> None:
     """Print the heads of a checkpoint; exit with status 1 if `load_head` cannot load one of them."""
     parser = argparse.ArgumentParser(
         prog="dino-head inspect",
-        description="Shows which DINO heads a checkpoint holds and how load_head maps each key. Changes nothing.",
+        description="Shows the DINO heads in a checkpoint and how load_head maps each key. Does not change the file.",
     )
-    parser.add_argument("file", help="file of torch.save, safetensors, or the index.json of sharded safetensors")
+    parser.add_argument("file", help="file of torch.save, safetensors file, or index.json of sharded safetensors")
     file = parser.parse_args(arguments).file
     try:
         report, is_loadable = describe(file)

@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class CheckpointOnInterrupt(Callback):
     """On Ctrl-C, saves a checkpoint at the end of the batch and stops; a second Ctrl-C stops at once.
 
-    A resumed run then equals an uninterrupted one. The callback belongs behind all others.
+    A resumed run then equals an uninterrupted one. Add this callback after all others.
 
     Args:
-        out: The folder of the run; the checkpoint is out/checkpoints/interrupted.ckpt.
+        out: Folder of the run; the checkpoint is out/checkpoints/interrupted.ckpt.
     """
 
     def __init__(self, out: Path) -> None:
@@ -24,7 +24,7 @@ class CheckpointOnInterrupt(Callback):
         self.handler = signal.getsignal(signal.SIGINT)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle Ctrl-C, from the moment when there is something to save."""
+        """Handle Ctrl-C from now on, as there is something to save."""
         self.is_interrupted = False
         signal.signal(signal.SIGINT, self._interrupt)
 
@@ -51,21 +51,21 @@ class CheckpointOnInterrupt(Callback):
 
 
 def how_to_resume(out: Path) -> str:
-    """The command that resumes a run."""
+    """Text with the command that resumes a run."""
     return f"Resume with: dino-head fit --resume --out {shlex.quote(str(out))}"
 
 
 class CheckBackbone(Callback):
-    """Before the first step, raises ValueError if the backbone cannot take the views, or the head its features.
+    """Before the first step, raises ValueError if the backbone does not accept the views, or the head its features.
 
-    It checks modules of the form of the examples' DINO: with `student["backbone"]`, `student["head"]`, `images(batch)`
-    and `augment`.
+    It checks modules like the examples' DINO, with `student["backbone"]`, `student["head"]`, `images(batch)` and
+    `augment`.
     """
 
     is_done = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check with two images of the first batch; random states stay as they are."""
+        """Check with two images of the first batch; random states do not change."""
         if self.is_done or not all(hasattr(pl_module, name) for name in ("student", "images", "augment")):
             return
         from dino_head.vision import check_backbone

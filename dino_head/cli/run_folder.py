@@ -2,7 +2,7 @@
 
 DIR/config.yaml      the effective configuration
 DIR/data.txt         a description of the training data
-DIR/checkpoints/     what a resumed run starts from
+DIR/checkpoints/     the checkpoints, for resuming
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run, the oldest first."""
+    """Checkpoints of a run, oldest first."""
     return sorted((out / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
 
 
 def check_readable(file: Path) -> None:
-    """Raise ValueError if the file, or the folder of a sharded checkpoint, is not complete."""
+    """Raise ValueError if the file, or the folder of a sharded checkpoint, is incomplete."""
     try:
         if file.is_dir():
             torch.load(file / "meta.pt", map_location="cpu", weights_only=True)  # Lightning writes it last
@@ -39,16 +39,16 @@ def open_run(out: Path, config: str, resume: bool) -> Path | None:
     """Prepare the folder of a run.
 
     Args:
-        out: The folder.
-        config: The effective configuration of the run, in YAML.
-        resume: Whether to resume the run that is there, if it has a checkpoint.
+        out: Folder of the run.
+        config: Effective configuration of the run, in YAML.
+        resume: Whether to resume the run in the folder, if it has a checkpoint.
 
     Returns:
-        The checkpoint to resume from, or None for a run that starts.
+        The checkpoint to resume from, or None for a new run.
 
     Raises:
-        ValueError: The folder holds a run and `resume` is False; it holds something else; the run has another
-            configuration; its newest checkpoint is not complete.
+        ValueError: The folder contains a run and `resume` is False; it contains other files; the run has another
+            configuration; its newest checkpoint is incomplete.
     """
     saved = out / "config.yaml"
     if resume and checkpoints(out) and saved.exists():
@@ -59,7 +59,7 @@ def open_run(out: Path, config: str, resume: bool) -> Path | None:
     has_not_trained = saved.exists() and not checkpoints(out)  # the run ended before its first checkpoint
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not has_not_trained:
         raise ValueError(
-            f"{out} already holds a run or other files: resume the run with --resume, or choose another folder "
+            f"{out} already contains a run or other files: resume the run with --resume, or choose another folder "
             "with --out"
         )
     _write(saved, config)
@@ -86,7 +86,7 @@ def _check_same_settings(out: Path, was: str, got: str) -> None:
 
 
 def _settings(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of a nested configuration with their paths."""
+    """Leaves of a nested configuration, with their paths."""
     if isinstance(value, (dict, list)) and value:
         for name, below in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _settings(below, f"{path}.{name}" if path else str(name))
@@ -95,7 +95,7 @@ def _settings(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_same_data(out: Path, description: str, resume: bool) -> None:
-    """Raise ValueError if a resumed run has other data than it was started with; else keep their description."""
+    """Raise ValueError if a run is resumed with other data than at its start; else save the description."""
     file = out / "data.txt"
     was = file.read_text(encoding="utf-8") if resume and file.exists() else description
     if was != description:
@@ -107,7 +107,7 @@ def check_same_data(out: Path, description: str, resume: bool) -> None:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint to a temporary file first, so that a full disk or a kill leaves no incomplete one."""
+    """Writes a checkpoint to a temporary file first, so that a full disk or a kill leaves no incomplete file."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
         """Write, then rename."""

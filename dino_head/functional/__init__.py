@@ -1,4 +1,4 @@
-"""The objective as pure functions, without state; they communicate between processes through an argument alone."""
+"""The objective as pure functions without state; only the `reduce` argument communicates between processes."""
 
 from dino_head.functional.dino import dino_loss
 from dino_head.functional.sinkhorn import sinkhorn_center

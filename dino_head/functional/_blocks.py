@@ -1,9 +1,9 @@
 """Loss and gradients of the objective in one pass, from logits or block by block from their factors.
 
-Both autograd functions compute the gradients in forward, keep them in float32 at least, and only scale them in
+Both autograd functions compute the gradients in forward, keep them in float32 or higher, and only scale them in
 backward.
 
-Sizes: B samples of which b are in a block, T teacher views, S student views, K prototypes, D bottleneck width.
+Sizes: B samples, of which b are in a block, T teacher views, S student views, K prototypes, D bottleneck width.
 """
 
 import math
@@ -25,7 +25,7 @@ def cross_entropies_(teacher: Tensor, student: Tensor, total: Tensor) -> Tensor:
     Args:
         teacher: Logits over temperature (T, b, K); overwritten by the targets of the first T student views.
         student: Logits over temperature (S, b, K); overwritten by the q_s.
-        total: Memory (b, K); overwritten by the target of the other student views, the sum of all p_t.
+        total: Buffer (b, K); overwritten by the targets of the other student views, the sum of all p_t.
     """
     views = len(teacher)
     torch.softmax(teacher, dim=-1, out=teacher)
@@ -42,7 +42,7 @@ def cross_entropies_(teacher: Tensor, student: Tensor, total: Tensor) -> Tensor:
 def gradients_(targets: Tensor, student: Tensor, total: Tensor, scale: float) -> None:
     """Overwrite `student` with its gradient times `scale`, from the results of `cross_entropies_`.
 
-    The gradient is n_s q_s - sum_{t != s} p_t. (A scale of -1 costs the least.)
+    The gradient is n_s q_s - sum_{t != s} p_t. (A scale of -1 is the cheapest.)
     """
     views = len(targets)
     global_views, local_views = student[:views], student[views:]
@@ -54,7 +54,7 @@ def gradients_(targets: Tensor, student: Tensor, total: Tensor, scale: float) ->
 
 
 class LogitsObjective(torch.autograd.Function):
-    """Logits (T, B, K) and (S, B, K) -> mean cross-entropy; keeps nothing but the gradient of the student's logits."""
+    """Logits (T, B, K) and (S, B, K) -> mean cross-entropy; saves only the gradient of the student's logits."""
 
     @staticmethod
     def forward(
@@ -63,7 +63,7 @@ class LogitsObjective(torch.autograd.Function):
         """See `dino_loss`."""
         count, dtype = _count(teacher, student), _at_least_float32(student.dtype)
         targets = teacher.to(dtype, copy=True, memory_format=torch.contiguous_format).sub_(center).div_(teacher_temp)
-        # A divisor with a dimension takes part in type promotion: low precision becomes float32 on the way.
+        # A divisor with a dimension takes part in type promotion, which converts low precision to float32.
         gradient = student.new_empty(student.shape, dtype=dtype)
         torch.div(student, student.new_full((1,), student_temp, dtype=dtype), out=gradient)
         total = torch.empty_like(targets[0])
@@ -84,8 +84,8 @@ class LogitsObjective(torch.autograd.Function):
 class FactoredObjective(torch.autograd.Function):
     """Unit vectors and prototypes of both sides -> mean cross-entropy, with one block of logits in memory.
 
-    Products are computed in `dtype`, everything else in float32 at least. The targets are subtracted inside the block,
-    so that there are no more products than a bare forward and backward need.
+    Products are computed in `dtype`, everything else in float32 or higher. The targets are subtracted inside the block,
+    so there are no more products than in a bare forward and backward.
     """
 
     @staticmethod
@@ -139,15 +139,15 @@ class LogitsWorkspace:
     """Memory for the logits of one block of samples, within a budget, and the products that fill it.
 
     Args:
-        views: Numbers of views of the tensors that lie in it side by side; `split()` returns one tensor for each.
+        views: Number of views of each tensor that shares the memory; `split()` returns these tensors.
         samples: Number B of samples in the batch.
-        prototypes: Prototypes (K, D) in the type in which products are computed.
-        block_bytes: Budget in bytes; a block holds at least one sample.
+        prototypes: Prototypes (K, D), in the type of the products.
+        block_bytes: Budget in bytes; a block contains at least one sample.
 
     Attributes:
         blocks: Slices of samples, all of about the same length.
-        logits: Memory (rows, K) for the logits of the longest block, float32 at least.
-        low_precision: Memory (rows, K) for products in a lower precision than `logits`; None if there is none.
+        logits: Buffer (rows, K) for the logits of the longest block, in float32 or higher.
+        low_precision: Buffer (rows, K) for products in a lower precision than `logits`; None if not needed.
         gradient_scale: Factor that keeps float16 gradients from vanishing and their sums from overflowing.
     """
 
@@ -185,11 +185,11 @@ class LogitsWorkspace:
         return torch.mul(rows, self.gradient_scale, out=self.low_precision[: len(rows)])
 
     def add_product_(self, total: Tensor, a: Tensor, b: Tensor, scale: float, *, is_first: bool) -> None:
-        """`total` += scale a @ b; the first time `total` has no values yet."""
+        """`total` += scale a @ b; the first product overwrites `total`."""
         if self.low_precision is None:
             torch.addmm(total, a, b, beta=0 if is_first else 1, alpha=scale, out=total)
         elif is_first:
-            torch.mul(a @ b, total.new_full((1,), scale), out=total)  # with a dimension: float32 takes part
+            torch.mul(a @ b, total.new_full((1,), scale), out=total)  # a dimension makes it promote to float32
         else:
             total.add_(a @ b, alpha=scale)
 
@@ -208,7 +208,7 @@ def _scaled(kept: Tensor | None, grad: Tensor, dtype: torch.dtype) -> Tensor | N
         return None
     if torch.compiler.is_compiling():
         return (kept * grad).to(dtype)
-    # Nothing to do for the usual gradient of 1; but on a GPU the comparison would wait for the device.
+    # The usual gradient of 1 needs no scaling; on a GPU, the comparison would wait for the device.
     is_one = grad.device.type == "cpu" and grad.item() == 1
     gradient = (kept if is_one else kept.mul(grad)).to(dtype)
     if torch.is_grad_enabled():  # in a backward with create_graph=True
@@ -217,7 +217,7 @@ def _scaled(kept: Tensor | None, grad: Tensor, dtype: torch.dtype) -> Tensor | N
 
 
 class _NotDifferentiable(torch.autograd.Function):
-    """The gradient, unchanged; differentiating it raises, as it only looks like a constant."""
+    """Identity on the gradient; differentiating it raises an error, because it would look like a constant."""
 
     @staticmethod
     def forward(_ctx: Any, gradient: Tensor, _link: Tensor) -> Tensor:

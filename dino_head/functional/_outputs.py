@@ -1,4 +1,4 @@
-"""Both kinds of a head's output as one: logits, and factors that are not multiplied yet.
+"""One internal form for both kinds of head output, logits and FactoredLogits.
 
 Sizes: V views, B samples, K prototypes, D bottleneck width.
 """
@@ -51,7 +51,7 @@ class Outputs(NamedTuple):
 
     @property
     def product_dtype(self) -> torch.dtype:
-        """The type in which autocast would multiply, or type promotion where autocast is off."""
+        """Type of the product of the tensors: autocast's type, or the promoted type if autocast is off."""
         dtype, device = self.tensors[0].dtype, self.rows.device.type
         for tensor in self.tensors:
             dtype = torch.promote_types(dtype, tensor.dtype)
@@ -71,7 +71,7 @@ class Outputs(NamedTuple):
         return torch.stack([tensor.isfinite().all() for tensor in self.tensors]).all()
 
     def logits_of(self, samples: Tensor) -> Tensor:
-        """Logits (V, b, K) of the samples with these indices (b,), in float32 at least."""
+        """Logits (V, b, K) of the samples with these indices (b,), in float32 or higher."""
         rows = self.rows[:, samples]
         if self.prototypes is None:
             return rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -79,7 +79,7 @@ class Outputs(NamedTuple):
 
     @torch.no_grad()
     def sum_of_logits(self) -> Tensor:
-        """Sum of the logits over views and samples, (K,) in float32; of factors through the sum of the unit vectors."""
+        """Sum of the logits over views and samples, (K,) in float32; unit vectors are summed before the product."""
         rows = self.rows.sum(dim=(0, 1), dtype=torch.float32)
         if self.prototypes is None:
             return rows
@@ -87,15 +87,15 @@ class Outputs(NamedTuple):
             return self.prototypes.float() @ rows
 
 
-# What public functions and modules accept; inside, it is `Outputs` alone.
+# Types that public functions and modules accept; internally, only `Outputs` is used.
 Logits = Tensor | Sequence[Tensor] | FactoredLogits | Outputs
 
 
 def as_outputs(out: Logits) -> Outputs:
-    """Check the outputs of one side and bring them into the one form.
+    """Check the outputs of one side and convert them to `Outputs`.
 
     Raises:
-        ValueError: another kind, shape or type than those of `Logits`, or no sample.
+        ValueError: A kind, shape or type that `Logits` does not allow, or no sample.
     """
     if isinstance(out, Outputs):
         return out
@@ -118,7 +118,7 @@ def as_outputs(out: Logits) -> Outputs:
 
 
 def check_sides(teacher: Outputs, student: Outputs) -> None:
-    """Raise ValueError unless both sides fit together."""
+    """Raise ValueError unless the outputs of both sides match."""
     sizes = [(side.views, side.samples, side.output_dim) for side in (teacher, student)]
     given = f"got teacher {sizes[0]} and student {sizes[1]} as (views, B, K)"
     if len(teacher.tensors) != len(student.tensors):
@@ -147,13 +147,13 @@ def flat_center(center: Tensor | float, output_dim: int) -> Tensor | float:
     """A center as (K,) or as a number.
 
     Raises:
-        ValueError: a tensor that does not hold K values.
+        ValueError: A tensor that does not have K values.
     """
     if not isinstance(center, Tensor):
         return center
     if center.numel() != output_dim:
         raise ValueError(
-            f"center must be a number or hold one value for each of K = {output_dim} prototypes, got "
+            f"center must be a number or have one value for each of K = {output_dim} prototypes, got "
             f"{tuple(center.shape)}: give loss and head the same output_dim"
         )
     return center.flatten()

@@ -1,4 +1,4 @@
-"""The DINO loss: the fast one, and the plain one that it equals.
+"""The DINO loss: an efficient implementation, and a plain one for comparison.
 
 Sizes: B samples, T teacher views, S student views, K prototypes, D bottleneck width.
 """
@@ -20,7 +20,7 @@ def dino_loss(
     student_temp: float = 0.1,
     block_bytes: int = BLOCK_BYTES,
 ) -> Tensor:
-    """Cross-entropy of each teacher view against each other student view (Caron et al. 2021, equation 3).
+    """Cross-entropy between each teacher view and each other student view (Caron et al. 2021, equation 3).
 
         p_t = softmax((teacher_t - center) / teacher_temp),  log q_s = log_softmax(student_s / student_temp)
         loss = mean over t != s and the batch of  -sum_k p_tk log q_sk
@@ -30,10 +30,10 @@ def dino_loss(
 
         sum_s  n_s logsumexp(z_s) - (sum_{t != s} p_t) . z_s,    gradient in z_s:  n_s q_s - sum_{t != s} p_t
 
-    so that loss and gradients of some samples follow from the logits of these samples. `FactoredLogits` are multiplied
-    block by block, and no more than one block of logits is ever in memory.
+    so that loss and gradients of a block of samples need only the logits of this block. `FactoredLogits` are multiplied
+    block by block, and at most one block of logits is in memory at a time.
 
-    With grad mode on, forward computes the gradients and keeps them in float32 at least; backward scales them. The
+    With grad mode on, forward computes the gradients and keeps them in float32 or higher; backward scales them. The
     teacher and the center get no gradient. Logits of low precision are summed in float32. Under autocast the products
     of `FactoredLogits` are computed in autocast's type.
 
@@ -43,15 +43,15 @@ def dino_loss(
         center: Values (K,) or (1, 1, K), or a number, subtracted from the teacher's logits.
         teacher_temp: Temperature of the teacher, > 0.
         student_temp: Temperature of the student, > 0.
-        block_bytes: Memory in bytes for a block of logits of FactoredLogits (at least one sample's).
+        block_bytes: Memory in bytes for one block of logits from FactoredLogits; a block has at least one sample.
 
     Returns:
         The loss in nats, a scalar.
 
     Raises:
-        ValueError: kinds, shapes or types that do not fit, swapped sides, no sample, no pair of different views, or a
+        ValueError: Kinds, shapes or types that do not match, swapped sides, no sample, no pair of different views, or a
             temperature <= 0.
-        RuntimeError: in a second derivative.
+        RuntimeError: A second derivative is computed.
 
     >>> dino_loss(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16))  # uniform on both sides: ln 16
     tensor(2.7726)

@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp targets as a center.
+"""Sinkhorn-Knopp targets, expressed as a center.
 
 Sizes: B samples, T teacher views, K prototypes.
 """
@@ -24,7 +24,7 @@ def sinkhorn_center(
 ) -> Tensor:
     """Center that spreads a batch evenly over the prototypes (Caron et al. 2020, arXiv:2006.09882; DINOv2).
 
-    Sinkhorn-Knopp scales exp(teacher / teacher_temp) so that in turn each prototype and each sample get equal shares.
+    Sinkhorn-Knopp scales exp(teacher / teacher_temp) so that, in turn, all prototypes and all samples get equal shares.
     In the log domain, with M = teacher / teacher_temp and potentials f of the prototypes and g of all T B samples:
 
         g = 0;  then in each iteration  f_k = logsumexp_n(M_nk - g_n),  g_n = logsumexp_k(M_nk - f_k)
@@ -36,15 +36,16 @@ def sinkhorn_center(
         teacher_out: Outputs of the teacher, as for `dino_loss`.
         teacher_temp: Temperature, > 0.
         iterations: Number of iterations, >= 1.
-        reduce: Function from the log-sums (K,) over the samples of this process to those over the samples of all.
-        block_bytes: Memory for a block of logits, as for `dino_loss`; FactoredLogits are multiplied again in each
-            iteration.
+        reduce: Function that maps the log-sums (K,) of this process to the log-sums of all processes; None for one
+            process.
+        block_bytes: Memory in bytes for one block of logits, as for `dino_loss`; FactoredLogits are multiplied again in
+            each iteration.
 
     Returns:
-        The center c for `dino_loss(..., center=c)`: (K,), float32 at least.
+        The center c for `dino_loss(..., center=c)`: (K,), in float32 or higher.
 
     Raises:
-        ValueError: kinds, shapes or types that do not fit, a temperature <= 0, or no iteration.
+        ValueError: Kinds, shapes or types that do not match, a temperature <= 0, or no iteration.
 
     >>> sinkhorn_center(torch.zeros(2, 3, 4), teacher_temp=0.1).shape
     torch.Size([4])
@@ -67,7 +68,7 @@ def sinkhorn_center(
 
 
 def _blocks_over_temperature(teacher: Outputs, temp: float, block_bytes: int) -> Iterator[Tensor]:
-    """Logits over temperature (T b, K), float32 at least, block by block; each overwrites the one before it."""
+    """Logits over temperature (T b, K), in float32 or higher, block by block; each overwrites the previous one."""
     if teacher.prototypes is None:
         yield teacher.rows.flatten(end_dim=1).to(torch.promote_types(teacher.rows.dtype, torch.float32)) / temp
         return

@@ -1,6 +1,6 @@
-"""What to look at while DINO trains, as torchmetrics: distributions over prototypes, rank of features, kNN accuracy.
+"""Metrics for a DINO run, as torchmetrics: distributions over prototypes, rank of features, kNN accuracy.
 
-`dino_head` itself does not import them, as torchmetrics takes about as long to load as torch.
+`dino_head` itself does not import them, because torchmetrics takes about as long to import as torch.
 """
 
 from dino_head.metrics.knn import KNNAccuracy

@@ -1,4 +1,4 @@
-"""Nearest neighbours by cosine similarity, in bounded memory, and their vote.
+"""Nearest neighbours by cosine similarity, in bounded memory, and their weighted vote.
 
 Sizes: n samples, N candidates, D features, k neighbours.
 """
@@ -17,20 +17,20 @@ def nearest(
     excluded: tuple[Tensor, Tensor] | None = None,
     chunk_bytes: int = 2**26,
 ) -> tuple[Tensor, Tensor]:
-    """The k most similar candidates of each feature.
+    """Find the k most similar candidates of each feature.
 
     Args:
         features: Unit vectors (n, D).
         candidates: Unit vectors (N, D), N >= k.
-        k: Number of neighbours.
-        excluded: Groups (n,) and (N,); candidates of a sample's own group are skipped.
-        chunk_bytes: Memory in bytes for similarities (at least those of one sample to all candidates).
+        k: Number of neighbours, at most N.
+        excluded: Groups of the samples (n,) and the candidates (N,); candidates of a sample's own group are skipped.
+        chunk_bytes: Memory in bytes for the similarities; at least one sample is compared at a time.
 
     Returns:
-        Cosine similarities (n, k) in float32, descending, and indices (n, k); -inf where there are fewer than k.
+        Cosine similarities (n, k) in float32, descending, and indices (n, k); -inf if a sample has fewer than k.
 
     Raises:
-        ValueError: a sample without a candidate outside of its group.
+        ValueError: A sample has no candidate outside its group.
     """
     with torch.autocast(features.device.type, enabled=False):
         found = []
@@ -53,7 +53,7 @@ def nearest(
 def vote(similarity: Tensor, indices: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Neighbours (n, k), labels (N,) of all candidates -> labels (n,) of the largest sums of exp(s / temperature)."""
     classes, of_candidates = labels.unique(return_inverse=True)
-    weights = ((similarity - similarity[:, :1]) / temperature).exp()  # a sample's common factor does not matter
+    weights = ((similarity - similarity[:, :1]) / temperature).exp()  # a common factor of a sample's weights cancels
     votes = weights.new_zeros(len(weights), len(classes)).scatter_add_(1, of_candidates[indices], weights)
     labels_voted: Tensor = classes[votes.argmax(dim=1)]
     return labels_voted
@@ -64,8 +64,8 @@ def check_finite(name: str, features: Tensor) -> None:
     broken = int((~features.isfinite()).flatten(end_dim=-2).any(dim=1).sum())
     if broken:
         raise ValueError(
-            f"{broken} of {features.shape[:-1].numel()} {name} hold NaN or inf: look at the images behind them, at the "
-            "network's weights and at the precision"
+            f"{broken} of {features.shape[:-1].numel()} {name} contain NaN or inf: check the images behind them, "
+            "the network's weights and the precision"
         )
 
 

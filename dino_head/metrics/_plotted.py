@@ -1,4 +1,4 @@
-"""What the metrics share."""
+"""Base class of the metrics."""
 
 from typing import Any
 
@@ -12,5 +12,5 @@ class PlottedMetric(Metric):
     full_state_update = False
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw the result of `compute`, or `val`, a result or a list of results -> Matplotlib's figure and axes."""
+        """Plot the result of `compute`, or `val` (a result or a list of results); returns figure and axes."""
         return self._plot(val, ax)

@@ -1,4 +1,4 @@
-"""Accuracy of a vote of nearest neighbours, as a torchmetrics metric.
+"""k-nearest-neighbour accuracy, as a torchmetrics metric.
 
 Sizes: N samples, D features.
 """
@@ -18,24 +18,25 @@ class KNNAccuracy(PlottedMetric):
     """Accuracy of a weighted vote of the k nearest labelled features, as in the authors' eval_knn.py.
 
         s_i = cosine similarity to voter i
-        class = argmax_c  sum over those i of the k nearest that are of class c  exp(s_i / temperature)
+        class = argmax_c  sum over the k nearest voters i of class c  exp(s_i / temperature)
 
     (Wu et al. 2018, arXiv:1805.01978, section 3.4.) The voters are fixed at construction and stay at `reset`; `update`
-    classifies samples. With groups (patients, slides, scenes), voters of a sample's own group do not vote for it, as
-    neighbours from the same patient make accuracy look better than it is.
+    classifies samples. With groups (patients, slides, scenes), voters of a sample's own group do not vote for it,
+    because neighbours from the same patient make the accuracy look better than it is.
 
-    The state is the share of correct samples. With several processes each holds all voters and its part of the samples.
+    The state is the number of correct samples and the number of samples. With several processes, each needs all voters
+    and classifies its own part of the samples.
 
     Args:
         features: Features of the voters, (N, D).
         labels: Labels of the voters, integers (N,) of any values.
-        k: Number of voters that vote, at most N.
-        temperature: Temperature of the weights, > 0.
+        k: Number of neighbours that vote on a sample, at most N.
+        temperature: Temperature of the votes' weights, > 0.
         groups: Groups of the voters, integers (N,); None for no groups.
         kwargs: Options of torchmetrics' `Metric`.
 
     Raises:
-        ValueError: shapes that do not fit, fewer voters than k, one class alone, features that are not finite, or an
+        ValueError: Shapes that do not match, fewer voters than k, only one class, features that are not finite, or an
             argument out of range.
 
     >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
@@ -88,8 +89,8 @@ class KNNAccuracy(PlottedMetric):
         """Classify features (N, D) with labels (N,), and with groups (N,) if the voters have groups.
 
         Raises:
-            ValueError: shapes that do not fit, features that are not finite, groups of one side alone, or a sample
-                without a voter outside of its group.
+            ValueError: Shapes that do not match, features that are not finite, groups of only one side, or a sample
+                without a voter outside its group.
         """
         check_labelled("samples", features, labels, groups)
         if features.shape[1] != self.features.shape[1]:
@@ -109,5 +110,5 @@ class KNNAccuracy(PlottedMetric):
         self.samples += len(features)
 
     def compute(self) -> Tensor:
-        """Share of correct samples, in [0, 1]; NaN without any."""
+        """Share of correct samples, in [0, 1]; NaN without samples."""
         return self.right / self.samples

@@ -22,10 +22,10 @@ class RankMe(PlottedMetric):
     with the min(N, D) singular values sigma of the features (N, D), which are not centered. It lies between 1 and
     min(N, D), so compare values of the same N. A drop during training indicates dimensional collapse, without labels.
 
-    The state is N and the product of the features with themselves (D, D), in float64, as squaring halves the digits.
+    The state is N and the Gram matrix of the features (D, D), in float64 because squaring halves the precision.
 
     Args:
-        num_features: Width D of the features.
+        num_features: Width D of the features, >= 1.
         kwargs: Options of torchmetrics' `Metric`.
 
     Raises:
@@ -53,7 +53,7 @@ class RankMe(PlottedMetric):
         """Add features (..., D); each vector along the last dimension is a sample.
 
         Raises:
-            ValueError: another D, or features that are not finite.
+            ValueError: Features of another width, or features that are not finite.
         """
         if features.dim() < 2 or features.shape[-1] != len(self.products):
             raise ValueError(

@@ -28,23 +28,23 @@ class DINOStatistics(PlottedMetric):
 
     - `loss`, `teacher_entropy` and `student_entropy` in nats, each also divided by ln K (`..._normalized`), and `kl` in
       nats;
-    - `prototypes_used`: share of the prototypes that win (argmax) for at least one row of the teacher; with n rows at
-      most n / K;
-    - `prototype_perplexity`: exp of the entropy of the mean of p_t, between 1 and K; the effective number of
+    - `prototypes_used`: share of the prototypes that win (argmax) for at least one row of the teacher, at most n / K
+      for n rows;
+    - `prototype_perplexity`: exp of the entropy of the mean of p_t, between 1 and K: the effective number of
       prototypes;
     - `rows`, the number of rows of the teacher, and `output_dim`, K.
 
-    The state is sums over samples and processes, so that the values do not depend on how the samples are divided.
+    The state consists of sums over samples and processes, so the values do not depend on how samples are batched.
 
     Args:
-        output_dim: Number K of prototypes.
-        max_rows: Maximum number of rows (views times samples, of both sides; at least one sample's) that an update
-            multiplies if the outputs are FactoredLogits, of samples spread evenly over the batch. Logits are used
-            whole.
+        output_dim: Number K of prototypes, >= 2.
+        max_rows: Maximum number of rows (views times samples, both sides together) that an update multiplies if the
+            outputs are FactoredLogits: it uses at least one sample, and spreads samples evenly over the batch. Logits
+            are used completely.
         kwargs: Options of torchmetrics' `Metric`.
 
     Raises:
-        ValueError: K < 2, or max_rows < 1.
+        ValueError: `output_dim` < 2, or `max_rows` < 1.
 
     >>> statistics = DINOStatistics(output_dim=16)
     >>> statistics.update(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16))  # uniform on both sides
@@ -67,7 +67,7 @@ class DINOStatistics(PlottedMetric):
         check_integer("output_dim", output_dim, 2, " (a distribution over one prototype says nothing)")
         check_integer("max_rows", max_rows, 1)
         self.output_dim, self.max_rows = output_dim, max_rows
-        # Sums over samples: entropies and loss of a sample are means over its views. In float64, as the KL is a
+        # Sums over samples: entropies and loss of a sample are means over its views. In float64, because the KL is a
         # small difference of large sums.
         for name in ("teacher_entropy", "student_entropy", "loss", "samples", "rows"):
             self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
@@ -87,7 +87,7 @@ class DINOStatistics(PlottedMetric):
         """Add a batch, with the arguments of `dino_loss`.
 
         Raises:
-            ValueError: arguments that `dino_loss` refuses, or another K.
+            ValueError: Arguments that `dino_loss` does not accept, or another K.
         """
         check_number("teacher_temp", teacher_temp, 0, float("inf"), exclude_minimum=True)
         check_number("student_temp", student_temp, 0, float("inf"), exclude_minimum=True)
@@ -105,7 +105,7 @@ class DINOStatistics(PlottedMetric):
             count = min(len(samples), max(1, self.max_rows // views))
             samples = samples[spaced_indices(len(samples), count)]
         with torch.autocast(self.wins.device.type, enabled=False):
-            # Each step below makes some tensors of a block's size.
+            # Each step below allocates several tensors of a block's size.
             for part in samples.split(max(1, BLOCK_BYTES // 4 // (4 * self.output_dim * views))):
                 log_p = log_softmax((teacher.logits_of(part) - center) / teacher_temp)
                 log_q = log_softmax(student.logits_of(part) / student_temp)
@@ -113,7 +113,7 @@ class DINOStatistics(PlottedMetric):
                     setattr(self, name, getattr(self, name) + value)
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over all samples so far; NaN without any."""
+        """Means over all samples so far; NaN without samples."""
         return statistics_of(self.sums())
 
     def sums(self) -> dict[str, Tensor]:
@@ -121,7 +121,7 @@ class DINOStatistics(PlottedMetric):
         return {name: getattr(self, name) for name in self.metric_state}
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Draw the values in nats, and ln K as a dashed line; see `plot` of the other metrics."""
+        """Plot the values in nats, with ln K as a dashed line; see `plot` of the other metrics."""
         results = self.compute() if val is None else val
         in_nats = [
             {name: result[name] for name in ("loss", "teacher_entropy", "student_entropy", "kl")}

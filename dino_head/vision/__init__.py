@@ -1,6 +1,6 @@
 """Images and volumes: reading, datamodules, augmentation, backbones and loaders that resume.
 
-Each name is imported when it is first used, together with the packages that it needs and no others.
+Each name is imported on first use, with only the packages that it needs.
 """
 
 import importlib

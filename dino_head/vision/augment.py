@@ -1,4 +1,4 @@
-"""Augmentation of images: views for DINO, made in batches on the device with kornia.
+"""Augmentation of images: views for DINO, computed in batches on the device with kornia.
 
 Sizes: B samples, C channels, H and W pixels.
 """
@@ -13,13 +13,13 @@ from dino_head.vision import imagenet
 
 
 class MultiCrop(nn.Module):
-    """Global views, then local views of a batch of images; each sample has its own random draw.
+    """Global and local views of a batch of images; random parameters are drawn for each sample.
 
     Args:
-        global_views: One module for each global view, images (B, C, H, W) in [0, 1] -> the view.
-        local_view: Module that makes a local view, images (B, C, H, W) in [0, 1] -> the view.
+        global_views: One module for each global view, which maps images (B, C, H, W) in [0, 1] to the view.
+        local_view: Module that maps images (B, C, H, W) in [0, 1] to a local view.
         local_views: Number of local views.
-        value_range: Values of the images that become 0 and 1; (0, 255) for bytes.
+        value_range: Values of the images that are scaled to 0 and 1; (0, 255) for bytes.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ def dino_views(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> MultiCrop:
-    """The published augmentation: two global and eight local views (Caron et al. 2021, section 3.2; main_dino.py).
+    """The augmentation of DINO: two global and eight local views (Caron et al. 2021, section 3.2; main_dino.py).
 
-    Each view is a random crop. With the given probability, it is mirrored (0.5), its colours are jittered (0.8), and it
-    becomes grey (0.2). The first global view is blurred with probability 1.0, the second with 0.1 and local views with
-    0.5. The second global view is solarised with probability 0.2.
+    Each view is a random crop. It is flipped horizontally with probability 0.5, its colours are jittered with 0.8, and
+    it is converted to grey with 0.2. The first global view is blurred with probability 1.0, the second with 0.1 and
+    local views with 0.5. The second global view is solarised with probability 0.2.
 
     Args:
         global_size: Height and width of the global views.
@@ -67,17 +67,17 @@ def dino_views(
         global_scale: Smallest and largest share of the image's area in a global view.
         local_scale: Smallest and largest share of the image's area in a local view, usually up to the smallest share
             of a global view.
-        channels: Number C of channels. Only images of 3 channels are jittered in saturation and hue and become grey;
-            others are jittered in brightness and contrast alone.
+        channels: Number C of channels. Only images with 3 channels are jittered in saturation and hue and converted to
+            grey; all others are jittered only in brightness and contrast.
         value_range: Values of black and white in the images; (0, 255) for bytes.
         mean: Mean of each channel, in [0, 1]. By default ImageNet's for 3 channels, and 0.5 for other numbers.
         std: Standard deviation of each channel. By default ImageNet's for 3 channels, and 0.25 for other numbers.
 
     Returns:
-        A module, images (B, C, H, W) -> list of views (B, C, height, width), the global ones first.
+        A module that maps images (B, C, H, W) to a list of views (B, C, height, width), the global ones first.
 
     Raises:
-        ValueError: If mean or std has not one value for each channel.
+        ValueError: If mean or std does not have one value for each channel.
     """
     mean = mean or (imagenet.MEAN if channels == 3 else (0.5,) * channels)
     std = std or (imagenet.STD if channels == 3 else (0.25,) * channels)
@@ -90,7 +90,7 @@ def dino_views(
         else:
             colours = [K.ColorJitter(0.4, 0.4, p=0.8)]
         return nn.Sequential(
-            # Bilinear, because kornia's bicubic crops mix in values from beyond the border.
+            # Bilinear, because kornia's bicubic crops mix in values from outside the image.
             K.RandomResizedCrop((size, size), scale=scale, cropping_mode="resample"),
             K.RandomHorizontalFlip(p=0.5),
             *colours,

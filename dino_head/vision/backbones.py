@@ -19,7 +19,7 @@ VIT = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "larg
 
 
 def class_token(output: Any) -> Tensor:
-    """The first token (B, D) of a transformer's output, whose tokens are (B, N, D)."""
+    """The class token (B, D): the first of the tokens (B, N, D) in a transformer's output."""
     tokens: Tensor = output.last_hidden_state
     return tokens[:, 0]
 
@@ -60,11 +60,11 @@ def vit(
 
     Args:
         size: "tiny" (192 features), "small" (384), "base" (768) or "large" (1024).
-        patch_size: Height and width of a patch. The height and width of every view must be multiples of it.
-        image_size: Height and width of the global views.
+        patch_size: Height and width of a patch in pixels. The height and width of every view must be multiples of it.
+        image_size: Height and width of the global views in pixels.
         channels: Number C of channels of the images.
-        width: Number of features, a multiple of 64. By default the number of `size`.
-        depth: Number of layers. By default the number of `size`.
+        width: Number of features, a multiple of 64. By default, `size` determines it.
+        depth: Number of layers. By default, `size` determines it.
     """
     with packages_of_extras("dino_head.vision.vit"):
         from transformers import ViTConfig, ViTModel
@@ -85,12 +85,12 @@ def vit(
 
 @torch.no_grad()
 def check_backbone(backbone: nn.Module, head: DINOProjectionHead, views: Sequence[Tensor]) -> None:
-    """Raise an error before training starts if the backbone cannot take the views, or the head the features.
+    """Raise an error before training starts if the backbone does not accept the views, or the head the features.
 
     Args:
         backbone: Backbone, which is called in evaluation mode and not changed.
-        head: Projection head of the features.
-        views: Views (B, C, H, W), of which one of each size is tried.
+        head: Projection head for the features.
+        views: Views (B, C, H, W); one of each size is passed to the backbone.
 
     Raises:
         ValueError: If the backbone raises an error, or its output is not (B, head.input_dim).

@@ -12,14 +12,14 @@ class DataWait(Callback):
     Near 0, the device is busy. Otherwise, loading is too slow: use more workers, smaller files or a faster disk.
 
     Attributes:
-        share: The share of the last epoch, in [0, 1]; None before the first.
+        share: Share of the last epoch, in [0, 1]; None before the first epoch ends.
     """
 
     def __init__(self) -> None:
         self.share: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock for an epoch inside which a run is resumed: Lightning does not call on_train_epoch_start."""
+        """Start the clock if a run is resumed inside an epoch, where Lightning does not call on_train_epoch_start."""
         self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""The base of the datamodules that read files."""
+"""Base class of the datamodules that read files."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from dino_head.vision.files import BadFiles
 
 
 class FileData(LightningDataModule):
-    """Reports the number of unreadable files at the end of a run, even if the run fails.
+    """A LightningDataModule that prints the number of unreadable files at the end of a run, even if the run fails.
 
     Attributes:
         description: Text that identifies the files. A run can only be resumed with the same files.

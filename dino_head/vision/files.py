@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 
 def list_files(folder: str) -> list[str]:
-    """All files below a folder, in a fixed order. Links are followed; hidden files and folders are skipped."""
+    """All files below a folder, in sorted order. Links are followed; hidden files and folders are skipped."""
     found, seen = [], set()
     for at, folders, files in os.walk(folder, followlinks=True):
         here = os.path.realpath(at)
@@ -24,43 +24,43 @@ def list_files(folder: str) -> list[str]:
 
 
 def fingerprint(files: Sequence[str]) -> str:
-    """The number and a hash of the files' names in their order; a resumed run needs the same order of files."""
+    """The number of files and a hash of their names in order: a resumed run needs the same files in this order."""
     return f"{len(files)} files, {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}"
 
 
 class BadFiles:
-    """A text file with the names of unreadable files, one in each line. All workers and processes append to it.
+    """A text file with the names of unreadable files, one per line. All workers and processes append to it.
 
     Args:
-        file: Path of the text file, which exists only if it holds a name.
+        file: Path of the text file, which is created with the first name.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
 
     def add(self, name: str, reason: Exception) -> None:
-        """Append a name and the reason; the same name may be added again."""
+        """Append a name and the reason; the same name may be added more than once."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as file:
             file.write(f"{_one_line(name)}\t{_one_line(str(reason))}\n")
 
     def names(self) -> list[str]:
-        """The names, each once."""
+        """The names, without duplicates."""
         lines = self.file.read_text().splitlines() if self.file.exists() else []
         return sorted({line.split("\t")[0] for line in lines})
 
 
 def _one_line(text: str) -> str:
-    """The text in ASCII, with line breaks and all other characters escaped."""
+    """The text in ASCII, with line breaks and non-ASCII characters escaped."""
     return ascii(text)[1:-1]
 
 
 class ReplaceUnreadable(Dataset[Any]):
-    """A dataset in which the next readable sample replaces an unreadable one.
+    """A dataset that returns the next readable sample instead of an unreadable one.
 
     Args:
-        samples: Dataset that raises an error for an unreadable sample, with a method `name(index)` for the list.
-        bad_files: List of the unreadable samples.
+        samples: Dataset that raises an error for an unreadable sample and has a method `name(index)`.
+        bad_files: List to which unreadable samples are added.
 
     Raises:
         ValueError: If no sample can be read.
@@ -68,7 +68,7 @@ class ReplaceUnreadable(Dataset[Any]):
 
     def __init__(self, samples: Any, bad_files: BadFiles) -> None:
         self.samples, self.bad_files = samples, bad_files
-        self.bad = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # the workers share what they find
+        self.bad = torch.zeros(len(samples), dtype=torch.bool).share_memory_()  # the workers share it
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -78,7 +78,7 @@ class ReplaceUnreadable(Dataset[Any]):
             if not self.bad[at]:
                 try:
                     return self.samples[at]
-                except Exception as error:  # no error in a file may end a run
+                except Exception as error:  # an unreadable file must not end a run
                     self.bad[at] = True
                     self.bad_files.add(self.samples.name(at), error)
         raise ValueError(f"none of {len(self)} files can be read: see the reasons in {self.bad_files.file}")

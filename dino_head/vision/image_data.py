@@ -17,7 +17,7 @@ from dino_head.vision.streams import ImageStream, StreamLoader
 
 
 class ImageData(FileData):
-    """Batches of images, bytes (B, 3, image_size, image_size), with labels if there are any.
+    """Datamodule of images as bytes (B, 3, image_size, image_size), with labels if there are any.
 
     Args:
         data: Folder of image files, or name of a data set on the Hugging Face Hub.
@@ -72,7 +72,7 @@ class ImageData(FileData):
 
 
 class StreamData(FileData):
-    """Batches of images that are read as they come, with no image held out.
+    """Datamodule of streamed images, without held-out images.
 
     The number of batches in an epoch is the Trainer's `limit_train_batches`.
 

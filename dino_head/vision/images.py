@@ -15,15 +15,15 @@ from dino_head.vision.reading import read_image
 
 
 def open_images(data: str, streaming: bool = False) -> Any:
-    """The rows of a folder of images, labelled by the name of their folder, or of a data set's training split.
+    """Open a folder of images, labelled by the name of their folder, or the training split of a data set.
 
     Args:
         data: Folder, searched with all its subfolders, or name of a data set on the Hub.
-        streaming: Whether the rows are read as they come, without storing a data set of the Hub.
+        streaming: Whether to stream the rows, without storing a data set from the Hub on the disk.
 
     Returns:
-        A `datasets.Dataset`, or an `IterableDataset` if streaming, with a column `image` (not decoded), and a column
-        `label` if there are labels.
+        A `datasets.Dataset`, or an `IterableDataset` if streaming, with a column `image` (not decoded) and, if there
+        are labels, a column `label`.
 
     Raises:
         ValueError: If there are no images.
@@ -50,7 +50,7 @@ def open_images(data: str, streaming: bool = False) -> Any:
 
 
 def _folder(folder: str) -> datasets.Dataset:
-    """The image files of a folder; not by load_dataset, which takes names such as train and test for splits."""
+    """The image files of a folder, without load_dataset, which interprets names such as train and test as splits."""
     known = tuple(Image.registered_extensions())
     files = [file for file in list_files(folder) if file.lower().endswith(known)]
     if not files:
@@ -63,7 +63,7 @@ def _folder(folder: str) -> datasets.Dataset:
 
 def image_paths(rows: datasets.Dataset) -> list[str]:
     """The paths of all images, in the order of the rows."""
-    # Chunk by chunk, without reading the files' content, which the chunks may hold as well.
+    # Chunk by chunk, without reading the files' content, which the chunks may contain as well.
     return [path for chunk in rows.data["image"].chunks for path in chunk.field("path").to_pylist()]
 
 

@@ -1,6 +1,6 @@
-"""A loader whose order is the same in a run that was stopped and resumed.
+"""A loader whose order is the same in an uninterrupted and in a resumed run.
 
-Lightning saves no random state. So the loader has none: its order depends only on the seed and on the Trainer's
+Lightning saves no random state, so the loader has none: its order depends only on the seed and on the Trainer's
 counters. Random numbers that a dataset draws in `__getitem__` are not covered: seed them with `derived_seed`.
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class ResumableLoader(DataLoader[Any]):
     """A shuffled DataLoader whose order depends only on (seed, epoch) and starts at the Trainer's current batch.
 
-    Build it in `train_dataloader()`, where the Trainer knows its processes: each of them loads its own share of the
+    Create it in `train_dataloader()`, where the Trainer knows its processes: each process loads its own share of the
     samples. Incomplete batches are dropped.
 
     Args:
@@ -48,7 +48,7 @@ class ResumableLoader(DataLoader[Any]):
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty, as the Trainer's counters are enough. Lightning resumes a loader inside an epoch if it has this."""
+        """Empty, as the Trainer's counters suffice. Lightning only resumes loaders with this method inside an epoch."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ class ResumableLoader(DataLoader[Any]):
 
 
 class _RestOfEpoch(DistributedSampler[Any]):
-    """DistributedSampler without the batches that the Trainer has already trained on in this epoch."""
+    """DistributedSampler that skips the batches on which the Trainer has already trained in this epoch."""
 
     trainer: "Trainer"
     batch_size: int

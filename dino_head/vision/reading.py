@@ -7,17 +7,17 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-SMALLEST = 8  # pixels; smaller images are tracking pixels and the like
+SMALLEST = 8  # pixels; smaller images are tracking pixels and similar
 
 
 def read_image(source: str | bytes, size: int) -> Tensor:
     """Read an image of any mode as bytes (3, size, size), upright and cropped to its central square.
 
-    Grey images of 16 bits or more are scaled so that their 0.1st percentile becomes 0 and their 99.9th 255.
+    Grey images of 16 bits or more are scaled so that the 0.1th percentile becomes 0 and the 99.9th becomes 255.
 
     Args:
         source: Path of the file, or its content.
-        size: Height and width to which the image is scaled.
+        size: Height and width in pixels to which the image is scaled.
 
     Raises:
         Exception: Any error of Pillow if it cannot decode the file.
@@ -28,7 +28,7 @@ def read_image(source: str | bytes, size: int) -> Tensor:
             raise ValueError(
                 f"image of {opened.size[0]} x {opened.size[1]} pixels, expected at least {SMALLEST} each way"
             )
-        opened.draft("", (size, size))  # decodes a JPEG at a half, a quarter ... of its size if that is enough
+        opened.draft("", (size, size))  # decodes a JPEG at 1/2, 1/4 ... of its size if that is enough
         image = ImageOps.exif_transpose(opened)
         if image.mode.startswith(("I", "F")):
             pixels = np.asarray(image, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Images that are read as they come, for data sets that do not fit on the disk."""
+"""Streams of images, for data sets that do not fit on the disk."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class ImageStream(IterableDataset[Any]):
-    """An endless stream of images, divided by files among processes and workers. Unreadable images are skipped.
+    """An endless stream of images, whose files are divided among processes and workers. It skips unreadable images.
 
     A buffer shuffles the images, in another order in each epoch (`rows.set_epoch`).
 
@@ -42,13 +42,13 @@ class ImageStream(IterableDataset[Any]):
         self.images, self.bad_files = Images(self.rows, size), bad_files
 
     def __iter__(self) -> Iterator[Any]:
-        """Endless: the processes have shares of unequal length, and the others would wait for the shortest."""
+        """Endless, because processes have shares of unequal length, and would wait for the shortest."""
         while True:
             rows = good = 0
             for rows, row in enumerate(self.rows, 1):  # noqa: B007
                 try:
                     sample = self.images.sample(row)
-                except Exception as error:  # no error in a file may end a run
+                except Exception as error:  # an unreadable file must not end a run
                     self.bad_files.add(row["image"]["path"] or "an image without a name", error)
                     continue
                 good += 1
@@ -62,7 +62,7 @@ class ImageStream(IterableDataset[Any]):
 class StreamLoader(DataLoader[Any]):
     """A DataLoader of an `ImageStream` whose order depends only on seed and epoch.
 
-    A run that is resumed inside an epoch starts the epoch's stream again.
+    A run that is resumed inside an epoch starts the stream of this epoch from the beginning.
 
     Args:
         stream: Stream whose `rows` have a method `set_epoch`.

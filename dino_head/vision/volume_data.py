@@ -10,13 +10,13 @@ from dino_head.vision.volumes import VolumeFiles
 
 
 class VolumeData(FileData):
-    """Batches of volumes (B, 1, size, size, size) with values in [0, 1], without labels.
+    """Datamodule of volumes (B, 1, size, size, size) with values in [0, 1], without labels.
 
     Args:
         data: Folder of NIfTI files (.nii, .nii.gz), searched with all its subfolders.
         batch_size: Number of volumes in a batch of each process.
         workers: Number of worker processes that read files, for each training process.
-        size: Number of voxels along each axis to which volumes are resized before augmentation.
+        size: Number of voxels along each axis after resizing, before augmentation.
         seed: Seed of the order of the volumes.
     """
 

@@ -1,4 +1,4 @@
-"""Views of volumes for DINO, made with MONAI.
+"""Augmentation of volumes: views for DINO, computed with MONAI.
 
 Sizes: B samples, C channels, D, H and W voxels.
 """
@@ -13,16 +13,16 @@ with packages_of_extras("dino_head.vision.volume_views"):
 
 
 class VolumeViews(nn.Module):
-    """Two global and several local views of each volume, randomly cropped, flipped, turned, blurred, noisy or brighter.
+    """Two global and several local views of each volume: random crops, flips, rotations, blur, noise and intensity.
 
-    Each sample has its own draw, which depends on torch's random state.
+    Random parameters are drawn for each sample, from torch's random state.
 
     Args:
         global_size: Number of voxels of a global view along each axis.
         local_size: Number of voxels of a local view along each axis.
         local_views: Number of local views.
-        global_scale: Smallest and largest side of a global view, as shares of the volume's side.
-        local_scale: Smallest and largest side of a local view, as shares of the volume's side.
+        global_scale: Smallest and largest side of a global crop, as shares of the volume's side.
+        local_scale: Smallest and largest side of a local crop, as shares of the volume's side.
     """
 
     def __init__(

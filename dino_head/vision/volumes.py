@@ -1,6 +1,6 @@
-"""Volumes in NIfTI files.
+"""Reading volumes from NIfTI files.
 
-Sizes: X, Y and Z voxels of a file, along the axes to the right, to the front and to the top.
+Sizes: X, Y and Z voxels of a file, along the axes to the right, front and top (RAS).
 """
 
 from typing import Any, cast
@@ -19,8 +19,8 @@ def read_volume(path: str, size: int) -> Tensor:
     """Read a NIfTI file as float32 (1, size, size, size) with values in [0, 1], in the orientation RAS.
 
     The voxels are scaled so that their 1st percentile becomes 0 and their 99th becomes 1, clipped, and resized by
-    trilinear interpolation. In a sparse volume, such as a mask, almost all voxels are equal and so are the two
-    percentiles. There the smallest value becomes 0 and the largest 1. A constant volume becomes 0.
+    trilinear interpolation. If both percentiles are equal, as in a sparse volume such as a mask, the smallest value
+    becomes 0 and the largest 1. A constant volume becomes 0.
 
     Args:
         path: Path of the file (.nii, .nii.gz).
@@ -28,7 +28,7 @@ def read_volume(path: str, size: int) -> Tensor:
 
     Raises:
         Exception: Any error of nibabel if it cannot read the file.
-        ValueError: If the file holds more than one volume, a voxel that is NaN, or more than a few that are infinite.
+        ValueError: If the file contains more than one volume, a NaN voxel, or more than a few infinite voxels.
     """
     image = cast(nibabel.Nifti1Image, nibabel.load(path))
     if len(image.shape) < 3 or np.prod(image.shape[3:]) != 1:
@@ -47,10 +47,10 @@ def read_volume(path: str, size: int) -> Tensor:
 
 
 class VolumeFiles(Dataset[Any]):
-    """The NIfTI files of a folder and its subfolders as `read_volume` reads them.
+    """Dataset of the NIfTI files in a folder and its subfolders, read with `read_volume`.
 
     Args:
-        folder: Folder with files .nii or .nii.gz.
+        folder: Folder with .nii or .nii.gz files.
         size: Number of voxels along each axis.
 
     Raises:

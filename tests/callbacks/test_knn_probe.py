@@ -260,7 +260,7 @@ def test_features_that_are_not_finite_cause_a_warning():
                 pl_module.teacher["backbone"][0].weight.data.fill_(math.nan)
 
     watch = probe()
-    with pytest.warns(UserWarning, match="in epoch 1.* 48 of 48 features of the voters hold NaN or inf"):
+    with pytest.warns(UserWarning, match="in epoch 1.* 48 of 48 features of the voters contain NaN or inf"):
         fit(seeded(), watch, Break())
     assert [row["epoch"] for row in watch.history] == [0]
 

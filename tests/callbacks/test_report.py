@@ -210,7 +210,7 @@ def test_a_resumed_run_overwrites_its_report_and_a_new_run_raises(tmp_path):
     save = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", save_top_k=-1)
     fit(seeded(), *rules(), *watching(tmp_path), save, enable_checkpointing=True)
     before = (tmp_path / "report.html").read_bytes()
-    with pytest.raises(MisconfigurationException, match="holds the report of another run: move it away, or give"):
+    with pytest.raises(MisconfigurationException, match="contains the report of another run: move it away, or give"):
         fit(seeded(), *rules(), *watching(tmp_path))
     assert (tmp_path / "report.html").read_bytes() == before
     resumed = watching(tmp_path)
@@ -258,7 +258,7 @@ def test_weights_that_are_not_finite_still_get_a_page_with_the_diagnosis(tmp_pat
                 pl_module.teacher["backbone"][0].weight.data.fill_(torch.nan)
 
     watch = CollapseMonitorCallback(1, patience=1000), ReportCallback(tmp_path, images(), images())
-    with pytest.warns(UserWarning, match="fewer pictures in epoch 3.* 20 of 20 features hold NaN"):
+    with pytest.warns(UserWarning, match="fewer pictures in epoch 3.* 20 of 20 features contain NaN"):
         fit(seeded(), *watch, Break())
     page = Page(tmp_path / "report.html")
     assert any(text.startswith("not finite: ") for text in page.texts["p"])

@@ -307,8 +307,8 @@ def overflow_in_step(step, side=None, of_weights=False):
     ("broken", "cause"),
     [
         ({"side": None}, "outputs of teacher and student are not finite while their weights are: images or augment"),
-        ({"side": "student", "of_weights": True}, "weights of the student hold NaN or inf, so an earlier step was too"),
-        ({"side": "teacher", "of_weights": True}, "weights of the teacher hold NaN or inf"),
+        ({"side": "student", "of_weights": True}, "weights of the student contain NaN or inf, so an earlier step was"),
+        ({"side": "teacher", "of_weights": True}, "weights of the teacher contain NaN or inf"),
         ({"side": "student"}, "outputs of the student are not finite while its weights and the other side are"),
         ({"side": "teacher"}, "outputs of the teacher are not finite"),
     ],
@@ -358,7 +358,7 @@ def test_a_center_that_is_not_finite_is_named(case):
     make, data = case
     module = make()
     center(module).fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="the center holds NaN or inf"):
+    with pytest.raises(FloatingPointError, match="the center contains NaN or inf"):
         run(module, data())
 
 

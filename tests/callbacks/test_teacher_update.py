@@ -346,8 +346,8 @@ def test_manual_optimization_needs_total_steps():
     [
         ({"base_momentum": 1.1}, r"base_momentum must be a number in \[0, 1\], got 1.1"),
         ({"final_momentum": -0.1}, "final_momentum must be a number"),
-        ({"pairs": ()}, "pairs must hold"),
-        ({"pairs": ("student", "teacher")}, r"pairs must hold \(student, teacher\) names like"),
+        ({"pairs": ()}, "pairs must be"),
+        ({"pairs": ("student", "teacher")}, r"pairs must be \(student, teacher\) names like"),
     ],
 )
 def test_arguments_out_of_range(options, message):

@@ -91,7 +91,7 @@ def test_batch_norm_is_named():
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [([], "the training data hold no batch"), ([np.zeros(4)], "a batch of type ndarray holds no tensor of samples")],
+    [([], "the training data contain no batch"), ([np.zeros(4)], "type ndarray contains no tensor of samples")],
 )
 def test_data_without_samples_are_refused(data, message):
     with pytest.raises(ValueError, match=message):

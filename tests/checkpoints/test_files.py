@@ -142,7 +142,7 @@ def test_a_malicious_file_raises_and_no_code_runs(head, tmp_path, is_zip):
     trace, file = tmp_path / "trace", tmp_path / "evil.pth"
     torch.save({**head.state_dict(), "evil": Evil(trace)}, file, _use_new_zipfile_serialization=is_zip)
     with pytest.raises(
-        ValueError, match=r"is refused: besides tensors it holds posix.mkdir, which could run"
+        ValueError, match=r"is refused: besides tensors it contains posix.mkdir, which could run"
     ) as caught:
         load_head(file)
     assert "weights_only" not in str(caught.value)  # no advice to run it
@@ -163,10 +163,10 @@ def test_a_plain_pickle_raises_and_no_code_runs(tmp_path):
 
 def test_classes_that_the_user_trusts_load(head, tmp_path):
     torch.save({"teacher": head.state_dict(), "config": Mine()}, tmp_path / "mine.ckpt")
-    with pytest.raises(ValueError, match=r"it holds .*Mine, which could run code"):
+    with pytest.raises(ValueError, match=r"it contains .*Mine, which could run code"):
         load_head(tmp_path / "mine.ckpt")
     torch.save({"teacher": head.state_dict(), "config": (Mine(), Path("a"))}, tmp_path / "two.ckpt")
-    with pytest.raises(ValueError, match=r"it holds .*(Mine.*Path|Path.*Mine), which"):
+    with pytest.raises(ValueError, match=r"it contains .*(Mine.*Path|Path.*Mine), which"):
         load_head(tmp_path / "two.ckpt")
     with torch.serialization.safe_globals([Mine]):
         assert equal(load_head(tmp_path / "mine.ckpt"), head)
@@ -175,7 +175,7 @@ def test_classes_that_the_user_trusts_load(head, tmp_path):
 def test_errors_name_further_classes_that_torch_needs(head, tmp_path):
     """Allowing the classes in the first error is not always enough."""
     torch.save({"teacher": head.state_dict(), "loss": np.float64(1)}, tmp_path / "a.ckpt")
-    with pytest.raises(ValueError, match=r"besides tensors it holds .*scalar.*add_safe_globals"):
+    with pytest.raises(ValueError, match=r"besides tensors it contains .*scalar.*add_safe_globals"):
         load_head(tmp_path / "a.ckpt")
     with (
         torch.serialization.safe_globals([np.dtype, np.float64(1).__reduce__()[0]]),
@@ -219,7 +219,7 @@ def zipped(file):
 
 
 @pytest.mark.parametrize(("write", "message"), [
-    (lambda file: file.write_text("<!DOCTYPE html>\n<html><head></head></html>"), "holds no weights: it is a web page"),
+    (lambda file: file.write_text("<!DOCTYPE html>\n<html><head></head></html>"), "contains no weights: it is a web"),
     (lambda file: file.write_text("\n  <html>"), "it is a web page: the address needs a login"),
     (lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a"), "git lfs pull"),
     (lambda file: file.write_bytes(b"\x1f\x8b\x08 and so on"), "a gzip archive: unpack it first"),
@@ -230,8 +230,8 @@ def zipped(file):
     (lambda file: file.write_bytes(bytes(range(256)) * 9), "neither safetensors nor a file of torch.save"),
     (zipped, "neither safetensors nor a file of torch.save"),
     (lambda file: file.write_bytes(npz()), "neither safetensors nor a file of torch.save"),
-    (lambda file: torch.save(torch.ones(2), file), "holds a Tensor, expected a state dict"),
-    (lambda file: torch.save(nn.Linear(2, 2), file), "besides tensors it holds torch.nn.modules.linear.Linear"),
+    (lambda file: torch.save(torch.ones(2), file), "contains a Tensor, expected a state dict"),
+    (lambda file: torch.save(nn.Linear(2, 2), file), "besides tensors it contains torch.nn.modules.linear.Linear"),
     (lambda file: file.mkdir(), "is a folder, expected a file: it contains no file of weights"),
     (lambda file: (file.mkdir(), (file / "a.ckpt").touch()), "is a folder, expected a file: it contains a.ckpt"),
     (lambda file: os.mkfifo(file), "is a pipe or a device, expected a file .*: save it first"),

@@ -121,7 +121,7 @@ def test_a_folder_with_a_run_is_refused_without_resume(run, place, capsys):
 def test_a_folder_of_other_files_is_refused(place, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("words")
     for more in ([], ["--resume"]):
-        assert "already holds a run or other files" in error_of([*command(place, tmp_path), *more], capsys)
+        assert "already contains a run or other files" in error_of([*command(place, tmp_path), *more], capsys)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -300,7 +300,7 @@ def test_a_backbone_that_cannot_take_local_views_raises_before_the_first_step(pl
     (["--config", "digits", "--trainer.epochs=3"], "unrecognized arguments: --trainer.epochs=3"),
     (["--config", "digits", "--trainer.max_epochs=x"], '"trainer.max_epochs": .*int'),
     (["--resume"], "argument --resume: needs --out DIR"),
-    (["--resume", "--out", "nowhere"], "argument --resume: nowhere holds no run: start it with --config"),
+    (["--resume", "--out", "nowhere"], "argument --resume: nowhere contains no run: start it with --config"),
 ])  # fmt: skip
 def test_a_wrong_flag_is_an_error_of_one_line_that_names_it(arguments, message, place, capsys):
     line = error_of(arguments, capsys)

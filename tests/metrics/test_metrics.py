@@ -192,7 +192,7 @@ def test_arguments_out_of_range():
         DINOStatistics(1)
     with pytest.raises(ValueError, match="max_rows must be an integer >= 1"):
         DINOStatistics(4, max_rows=0)
-    with pytest.raises(ValueError, match="center must be a number or hold one value for each of K = 24"):
+    with pytest.raises(ValueError, match="center must be a number or have one value for each of K = 24"):
         DINOStatistics(K).update(*sides(), center=torch.zeros(3))
     with pytest.raises(ValueError, match=r"teacher_temp must be a number in \(0, inf\]"):
         DINOStatistics(K).update(*sides(), teacher_temp=0)
@@ -229,7 +229,7 @@ def test_rankme_refuses_what_it_cannot_measure():
     rank = RankMe(4)
     with pytest.raises(ValueError, match=r"made for features \(..., 4\) \(num_features\), got \(2, 5\)"):
         rank.update(torch.zeros(2, 5))
-    with pytest.raises(ValueError, match="1 of 2 features hold NaN or inf"):
+    with pytest.raises(ValueError, match="1 of 2 features contain NaN or inf"):
         rank.update(torch.tensor([[0.0, 1, 2, 3], [0, 1, 2, math.inf]]))
     with pytest.raises(ValueError, match="num_features must be an integer >= 1"):
         RankMe(0)
@@ -337,7 +337,7 @@ def test_similarities_stay_within_their_memory():
         ({"labels": torch.zeros(119, dtype=torch.long)}, "one for each of the 120 features, got .119,."),
         ({"groups": torch.zeros(3, dtype=torch.long)}, "voters must have integer groups"),
         ({"features": torch.zeros(0, D)}, "of at least one sample, got .0, 6."),
-        ({"features": torch.full((120, D), math.nan)}, "120 of 120 features of the voters hold NaN or inf"),
+        ({"features": torch.full((120, D), math.nan)}, "120 of 120 features of the voters contain NaN or inf"),
         ({"features": torch.zeros(120, D, 2)}, r"floating-point features \(N, D\)"),
         ({"k": 0}, "k must be an integer >= 1"),
         ({"temperature": 0.0}, "temperature must be a number in"),
@@ -353,7 +353,7 @@ def test_voters_that_cannot_vote(change, message):
     ("change", "message"),
     [
         ({"features": torch.zeros(60, 5)}, "features of width 6, as the voters, got 5"),
-        ({"features": torch.full((60, D), math.inf)}, "60 of 60 features of the samples hold NaN or inf"),
+        ({"features": torch.full((60, D), math.inf)}, "60 of 60 features of the samples contain NaN or inf"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, "samples must have integer labels"),
         ({"groups": torch.zeros(60, dtype=torch.long)}, "the samples have groups and the voters have none"),
     ],
