@@ -92,9 +92,8 @@ def main() -> None:
         ((outputs, precision, views, batch),) = cases
         print(*measure(outputs, batch, views, precision == "bf16", args.of, args.device))
         return
-    print(
-        "| K | precision | views | batch | stays, MiB | a step, MiB | on logits, MiB |\n|---|---|---|---|---|---|---|"
-    )
+    print("| K | precision | views | batch | permanent, MiB | step, MiB | step on logits, MiB |")
+    print("|---|---|---|---|---|---|---|")
     for outputs, precision, views, batch in cases:
         row = []
         for way in ("factored", "logits"):

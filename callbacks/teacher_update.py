@@ -175,7 +175,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
         differ = not all(map(torch.equal, self._students, self._teachers))
         if trainer.strategy.reduce_boolean_decision(differ, all=False):
             raise MisconfigurationException(
-                f"the run begins with a teacher that differs from the student ({self.pairs}), but DINO begins with two "
+                f"the run starts with a teacher that differs from the student ({self.pairs}), but DINO starts with two "
                 "equal networks: teacher = copy.deepcopy(student). If both were trained elsewhere, allow it with "
                 "TeacherUpdateCallback(allow_different_weights=True)"
             )
@@ -210,7 +210,7 @@ def find_parameters(pl_module: LightningModule, pairs: Sequence[tuple[str, str]]
     for names in pairs:
         student, teacher = (
             {
-                name.replace("_orig_mod.", ""): parameter  # torch.compile may have wrapped one side alone
+                name.replace("_orig_mod.", ""): parameter  # torch.compile may have wrapped only one side
                 for name, parameter in find_submodule(pl_module, side, PAIRS).named_parameters()
             }
             for side in names
@@ -221,7 +221,7 @@ def find_parameters(pl_module: LightningModule, pairs: Sequence[tuple[str, str]]
             if student_of_teacher is not student[name]:
                 raise MisconfigurationException(
                     f"{name!r} of {names} is in another pair as well, with another student: a parameter of a teacher "
-                    "can follow one student alone"
+                    "can follow only one student"
                 )
     return list(found.values())
 

@@ -170,7 +170,7 @@ class _Follow(AfterOptimizerStep):
             assert ours.keys() == theirs.keys(), f"{student!r} and {teacher!r} have parameters of other names"
             differ = [name for name in ours if not torch.equal(ours[name], theirs[name])]
             assert not differ, (
-                f"{teacher!r} does not begin equal to {student!r}: {differ[:3]} differ, use copy.deepcopy"
+                f"{teacher!r} does not start equal to {student!r}: {differ[:3]} differ, use copy.deepcopy"
             )
             required = [
                 name for name, p in find_submodule(pl_module, teacher, PAIRS).named_parameters() if p.requires_grad
@@ -184,7 +184,7 @@ class _Follow(AfterOptimizerStep):
         super().on_train_batch_end(trainer, pl_module, *args)
         assert self.steps_taken > steps or torch.equal(self._teachers(pl_module), self._before), (
             f"the teacher changed before the end of batch {trainer.fit_loop.batch_idx}, which took no optimizer step: "
-            "update it in a callback alone (TeacherUpdateCallback), not in training_step, and not in the module's own "
+            "update it only in a callback (TeacherUpdateCallback), not in training_step, and not in the module's own "
             "on_train_batch_end, which runs after ModelCheckpoint has saved"
         )
 

@@ -263,7 +263,7 @@ def test_the_figures_and_pictures_of_collapses_are_on_their_page():
         assert figure in page
         assert figure in {f"{100 * seen['knn_top1']:.1f}%" for seen in said.values()}
     assert f"{said['many']['loss_normalized']:.2f} $" in page
-    assert f"comes to {said['healthy']['loss_normalized']:.2f}." in page
+    assert f"compared with {said['healthy']['loss_normalized']:.2f} in" in page
     assert said["uniform"]["loss_normalized"] > 0.98
     assert said["one_hot"]["loss_normalized"] < 0.02
     assert said["left_behind"]["diagnoses"][0].startswith("teacher does not follow")

@@ -85,7 +85,7 @@ def find_heads(tensors: Mapping[str, Tensor], others: Iterable[str] = ()) -> dic
             hint = ". These are flat shards of FSDP: save a full state dict, or use the file of the run's evaluation"
         raise ValueError(
             "there is no DINO head (mlp.* or layers.* beside last_layer.*) among "
-            f"{listed(grouped(tensors)) or 'no tensors'}: this may be the backbone alone; use the checkpoint of the "
+            f"{listed(grouped(tensors)) or 'no tensors'}: this may be only the backbone; use the checkpoint of the "
             f"training{hint}"
         )
     for name, key in keys.items():

@@ -64,7 +64,7 @@ class DINOStatistics(PlottedMetric):
 
     def __init__(self, output_dim: int, *, max_rows: int = 256, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        check_integer("output_dim", output_dim, 2, " (a distribution over one prototype says nothing)")
+        check_integer("output_dim", output_dim, 2, " (a distribution over one prototype is constant)")
         check_integer("max_rows", max_rows, 1)
         self.output_dim, self.max_rows = output_dim, max_rows
         # Sums over samples: entropies and loss of a sample are means over its views. In float64, because the KL is a

@@ -219,7 +219,7 @@ def test_different_weights_at_the_start_are_refused_unless_allowed():
     module = Toy()
     module.teacher["backbone"].weight.data += 1
     with pytest.raises(
-        MisconfigurationException, match=r"begins with a teacher that differs .*allow_different_weights"
+        MisconfigurationException, match=r"starts with a teacher that differs .*allow_different_weights"
     ):
         trainer(TeacherUpdateCallback()).fit(module, loader())
     before = module.teacher["backbone"].weight.clone()

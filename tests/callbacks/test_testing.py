@@ -226,7 +226,7 @@ class AfterTheCheckpoint(InEachForward):
         (lambda: (InEachForward(), loader(), []), r"changed before the end of batch 2, which took no optimizer step"),
         (lambda: (AfterTheCheckpoint(), loader(), []), "not in the module's own on_train_batch_end"),
         (lambda: (Toy(), loader(), [OnlyHalf()]), "weights of the teacher differ from an average by one momentum"),
-        (unequal, "'teacher' does not begin equal to 'student'"),
+        (unequal, "'teacher' does not start equal to 'student'"),
         (trainable, "'teacher' requires gradients"),
     ],
 )
