@@ -13,23 +13,26 @@ import platform
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import kornia.augmentation as K
 import lightning
 import torch
 from lightning.pytorch import LightningDataModule, seed_everything
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import dino_head
 from dino_head import DINOLoss, DINOProjectionHead
+from dino_head._extras import packages_of_extras
 from dino_head.cli.fit import fit, with_recipe
 from dino_head.examples.dino_module import DINO
 from dino_head.metrics import KNNAccuracy
 from dino_head.vision.augment import MultiCrop
 from dino_head.vision.loaders import ResumableLoader
+
+with packages_of_extras("dino_head.examples.fit_digits"):
+    import kornia.augmentation as K
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
 Labelled = tuple[Tensor, Tensor]
 
