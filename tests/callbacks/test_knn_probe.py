@@ -229,7 +229,7 @@ class Stream(IterableDataset):
     [
         ({"train": without_labels()}, r"labels are missing: batches must be \(inputs, labels\).* got a list of 1"),
         ({"test": DataLoader(torch.randn(20, 1, 8, 8))}, "labels are missing: .* got a Tensor"),
-        ({"k": 49}, "k=49 are to vote, but there are only 48 voters"),
+        ({"k": 49}, "k=49 voters are needed, got 48"),
         ({"train": labelled(classes=1)}, "all 48 voters have the label 0"),
         ({"train": DataLoader(Stream([]), batch_size=None)}, "there is no data: the loader yielded no batch"),
         ({"test": []}, "there is no data"),
