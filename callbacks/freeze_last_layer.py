@@ -47,7 +47,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 
     Raises:
         ValueError: Both limits are set, or one is out of range.
-        MisconfigurationException: When training starts, if the freeze could not take effect: no such module, no limit,
+        MisconfigurationException: When training starts, if the freeze could not take effect: no module found, no limit,
             no trainable parameter, a parameter in no optimizer, or a strategy that hides gradients. During training,
             if the layer changed, or if a whole freeze passed without a gradient to cancel.
     """
@@ -127,7 +127,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         self._end_freezes(trainer, pl_module)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Cancel gradients. The limit is read at each call, as `trainer.current_epoch` is also right after a resume."""
+        """Cancel gradients. Each call reads the limit, as `trainer.current_epoch` is correct after a resume too."""
         for freeze in self._running:
             if self._is_frozen(freeze, trainer):
                 self._cancel(freeze, trainer)
