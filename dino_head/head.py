@@ -176,6 +176,8 @@ class DINOProjectionHead(ProjectionHead):
     def forward(self, x: Tensor, *, factored: bool = False) -> Tensor | FactoredLogits:
         """Features (..., input_dim) -> logits (..., K), or their factors.
 
+        `factored_logits` calls it too: a subclass overrides `forward` alone, and passes `factored` on.
+
         Args:
             x: Features (..., input_dim).
             factored: Whether to return FactoredLogits; `factored_logits` sets it to True.
@@ -189,7 +191,8 @@ class DINOProjectionHead(ProjectionHead):
     def factored_logits(self, x: Tensor) -> FactoredLogits:
         """Features (..., input_dim) -> unit vectors (..., D) and prototypes (K, D), not yet multiplied.
 
-        It calls the module, so that hooks, `head.compile()` and `fully_shard` apply as they do for `head(x)`.
+        It calls the module, so that hooks, `head.compile()` and `fully_shard` apply as they do for `head(x)`. After
+        `compiled = torch.compile(head)`, call `compiled(x, factored=True)`: PyTorch compiles no other method.
         """
         factored: FactoredLogits = self(x, factored=True)
         return factored

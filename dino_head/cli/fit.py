@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_info
 
 from dino_head.callbacks import CollapseMonitorCallback, KNNProbeCallback, ReportCallback
 from dino_head.cli.flags import Command, config_file, rewritten
@@ -182,7 +184,8 @@ def fit(arguments: Sequence[str]) -> FitCLI:
         Model, data and Trainer after the run.
 
     Raises:
-        SystemExit: The command is wrong, or the run cannot write its files.
+        SystemExit: The command is wrong, a part of this library refuses its arguments or data, or the run cannot write
+            its files.
     """
     cli = FitCLI(arguments)
     try:
@@ -191,10 +194,26 @@ def fit(arguments: Sequence[str]) -> FitCLI:
         cli.trainer.fit(cli.model, cli.datamodule)
     except OSError as error:
         raise SystemExit(f"stopped: {error}. Free disk space or repair the cause. {how_to_resume(cli.out)}") from error
+    except (ValueError, MisconfigurationException) as error:
+        if not _is_ours(error):
+            raise
+        cli.command.error(str(error))
+    interrupt = _find(cli.trainer, CheckpointOnInterrupt)
+    summary = cli.out / "summary.json"
+    if interrupt is not None and not interrupt.has_trained and summary.exists():
+        rank_zero_info(f"the run in {cli.out} was complete: nothing was changed")
+        cli.results = json.loads(summary.read_text(encoding="utf-8"))
+        return cli
     cli.results = _results(cli)
     if cli.trainer.is_global_zero and not cli.trainer.fast_dev_run:  # type: ignore[attr-defined]
-        (cli.out / "summary.json").write_text(json.dumps(cli.results, indent=2), encoding="utf-8")
+        summary.write_text(json.dumps(cli.results, indent=2), encoding="utf-8")
     return cli
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether a module of this library raised the error, whose message then names the remedy."""
+    *_, (frame, _) = walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("dino_head.")
 
 
 def _results(cli: FitCLI) -> dict[str, Any]:

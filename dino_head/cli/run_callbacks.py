@@ -20,6 +20,7 @@ class CheckpointOnInterrupt(Callback):
 
     def __init__(self, out: Path) -> None:
         self.out = out
+        self.has_trained = False  # in this process
         self.is_interrupted = False
         self.handler = signal.getsignal(signal.SIGINT)
 
@@ -34,7 +35,8 @@ class CheckpointOnInterrupt(Callback):
         self.is_interrupted = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save a checkpoint and stop."""
+        """Save a checkpoint and stop, after Ctrl-C."""
+        self.has_trained = True
         if self.is_interrupted:
             file = self.out / "checkpoints" / "interrupted.ckpt"
             trainer.save_checkpoint(file)

@@ -31,7 +31,7 @@ def check_readable(file: Path) -> None:
     except Exception as error:  # depends on the damage
         raise ValueError(
             f"{file} is no complete checkpoint ({type(error).__name__}). Nothing was changed: use another checkpoint. "
-            "(To resume a run from its previous checkpoint, move this one away.)"
+            "(To resume a run from its previous checkpoint, move this one away. Without any, --resume starts it anew.)"
         ) from None
 
 
@@ -58,11 +58,13 @@ def open_run(out: Path, config: str, resume: bool) -> Path | None:
         return newest
     has_not_trained = saved.exists() and not checkpoints(out)  # the run ended before its first checkpoint
     if out.exists() and (not out.is_dir() or any(out.iterdir())) and not has_not_trained:
+        remedy = "resume the run with --resume" if saved.exists() else "a run without config.yaml cannot be resumed"
         raise ValueError(
-            f"{out} already contains a run or other files: resume the run with --resume, or choose another folder "
-            "with --out"
+            f"{out} already contains a run or other files: {remedy}; to start another run, choose another folder with "
+            "--out"
         )
     _write(saved, config)
+    _set_aside(out / "report.html")
     return None
 
 
@@ -70,6 +72,13 @@ def open_run(out: Path, config: str, resume: bool) -> Path | None:
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
+
+
+@rank_zero_only
+def _set_aside(report: Path) -> None:
+    """Rename the report of a run whose checkpoints are gone, so that the new run can write its own."""
+    if report.exists():
+        report.replace(report.with_name("report.previous.html"))
 
 
 def _check_same_settings(out: Path, was: str, got: str) -> None:

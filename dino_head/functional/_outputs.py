@@ -99,7 +99,13 @@ def as_outputs(out: Logits) -> Outputs:
     """
     if isinstance(out, Outputs):
         return out
-    outputs = Outputs(*out) if isinstance(out, FactoredLogits) else Outputs(_stack(out))
+    if isinstance(out, FactoredLogits):
+        if not all(isinstance(tensor, Tensor) for tensor in out):
+            kinds = [type(tensor).__name__ for tensor in out]
+            raise ValueError(f"FactoredLogits expects tensors z and prototypes, got {kinds}: use head.factored_logits")
+        outputs = Outputs(*out)
+    else:
+        outputs = Outputs(_stack(out))
     kind = "logits (V, B, K)" if outputs.prototypes is None else "z (V, B, D)"
     shape = tuple(outputs.rows.shape)
     if len(shape) != 3:

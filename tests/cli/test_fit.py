@@ -12,7 +12,7 @@ from dino_head.callbacks import KNNProbeCallback
 from dino_head.cli import main
 from dino_head.cli.fit import FitCLI, fit, with_recipe
 from dino_head.cli.flags import FLAGS, recipes
-from dino_head.cli.run_folder import AtomicCheckpointIO
+from dino_head.cli.run_folder import AtomicCheckpointIO, open_run
 from dino_head.examples.dino_module import DINO
 
 pytestmark = pytest.mark.filterwarnings(
@@ -132,6 +132,42 @@ def test_a_repeated_command_with_resume_starts_and_then_resumes(run, place, copy
     assert again.checkpoint is None
     resumes = FitCLI([*command(place, copy), "--resume"])
     assert resumes.checkpoint == copy / "checkpoints" / "epoch=2.ckpt"
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_resuming_a_complete_run_changes_none_of_its_files(copy, caplog):
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file() and "metrics" not in file.parts}
+    main(["fit", "--resume", "--out", str(copy)])
+    assert {file: file.read_bytes() for file in before} == before
+    assert f"the run in {copy} was complete" in caplog.text
+
+
+def test_a_folder_without_checkpoints_starts_anew_and_keeps_the_old_report(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: 1")
+    (tmp_path / "report.html").write_text("old")
+    assert open_run(tmp_path, "a: 2", resume=True) is None
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {
+        "config.yaml": "a: 2",
+        "report.previous.html": "old",
+    }
+
+
+def test_a_folder_with_checkpoints_and_no_configuration_is_refused(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(ValueError, match=r"without config\.yaml cannot be resumed"):
+        open_run(tmp_path, "a: 1", resume=True)
+
+
+def test_a_batch_larger_than_the_data_is_an_error_of_one_line(place, tmp_path, capsys):
+    arguments = command(place, tmp_path / "out")
+    arguments[arguments.index("--batch-size") + 1] = "1000"
+    with pytest.raises(SystemExit) as end:
+        main(["fit", *arguments])
+    assert end.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("dino-head fit: error: ")
+    assert "fewer than a batch of 1000" in line
 
 
 def test_resume_without_a_configuration_takes_the_saved_one(copy):

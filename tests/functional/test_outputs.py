@@ -35,6 +35,7 @@ def test_sums_of_logits_from_factors(dtype):
         (logits(6, 16), logits(12, 16), r"expects logits \(V, B, K\) of V views, got \(6, 16\): stack"),
         (FactoredLogits(logits(6, 4), logits(16, 4)), factored(4, 3, 4, 16), r"expects z \(V, B, D\) of V views, got"),
         (FactoredLogits(logits(2, 3, 4), logits(16, 5)), factored(4, 3, 4, 16), r"of the same D, got \(2, 3, 4\) and"),
+        (FactoredLogits(logits(2, 3, 16), None), logits(4, 3, 16), r"got \['Tensor', 'NoneType'\]: use head.factored"),
         (logits(2, 3, 16), factored(4, 3, 4, 16), "or both FactoredLogits, got logits and FactoredLogits"),
         (logits(2, 3, 16).long(), logits(4, 3, 16), "floating-point logits, got torch.int64"),
         ([], logits(4, 3, 16), r"views must be a list of logits \(B, K\) of one shape, got \[\]"),
