@@ -114,7 +114,7 @@ def test_a_folder_with_a_run_is_refused_without_resume(run, place, capsys):
     before = contents(run)
     error = error_of(command(place, run), capsys)
     assert str(run) in error
-    assert "resume the run with --resume, or choose another folder with --out" in error
+    assert "resume the run with --resume; to start another run, choose another folder with --out" in error
     assert contents(run) == before
 
 

@@ -52,9 +52,11 @@ def test_resume_with_other_scans_raises(scans, tmp_path, capsys):
     assert "the data have changed since the run" in capsys.readouterr().err
 
 
-def test_fewer_scans_than_a_batch_raise(scans, tmp_path):
-    with pytest.raises(ValueError, match=r"4 samples for each process .* a batch of 32: use a smaller batch size"):
+def test_fewer_scans_than_a_batch_are_an_error(scans, tmp_path, capsys):
+    with pytest.raises(SystemExit):
         main(["--data", str(scans), "--out", str(tmp_path / "out")])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "4 samples for each process are fewer than a batch of 32: use a smaller batch size" in line
 
 
 def test_two_runs_on_generated_volumes_are_equal(tmp_path, monkeypatch):
