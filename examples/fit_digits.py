@@ -82,13 +82,14 @@ def digit_views(global_size: int = 16, local_size: int = 8) -> MultiCrop:
     """
 
     def view(size: int, scale: tuple[float, float]) -> nn.Module:
-        return K.ImageSequential(
+        steps: nn.Module = K.ImageSequential(
             K.RandomRotation(degrees=math.degrees(0.4), p=1.0),
             K.RandomResizedCrop((size, size), scale=scale, ratio=(3 / 4, 4 / 3), cropping_mode="resample"),
             K.RandomContrast(contrast=(0.6, 1.4), clip_output=False, p=1.0),  # gain
             K.RandomBrightness(brightness=(0.9, 1.1), clip_output=False, p=1.0),  # offset of up to 0.1
             K.RandomGaussianNoise(std=0.05, p=1.0),
         )
+        return steps
 
     large = [view(global_size, (0.6, 1.0)) for _ in range(2)]
     return MultiCrop(large, view(local_size, (0.3, 0.7)), local_views=4)
