@@ -3,16 +3,15 @@
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dino_head._arguments import check_integer
+from dino_head.callbacks._checks import Checked
 
 
-class AfterOptimizerStep(Callback):
+class AfterOptimizerStep(Checked):
     """Calls `after_optimizer_step` once for each batch in which an optimizer stepped, and saves the count.
 
     A post-hook of the optimizers records a step, and `on_train_batch_end` acts on it. So batches inside an
@@ -45,6 +44,7 @@ class AfterOptimizerStep(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add hooks to the optimizers, and continue from the saved count or start a new one."""
+        super().on_train_start(trainer, pl_module)
         # In the middle of an epoch, Lightning restores a loader while it sets the data up, and silently skips this if
         # the data were set up before.
         if trainer.fit_loop.restarting and any(getattr(trainer.fit_loop, "_combined_loader_states_to_load", ())):
@@ -66,6 +66,7 @@ class AfterOptimizerStep(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the hooks."""
+        super().on_train_end(trainer, pl_module)
         self._unhook()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -199,24 +200,6 @@ class AfterScheduledStep(AfterOptimizerStep):
                 "an optimizer steps"
             )
         return int(steps)
-
-
-def find_submodule(pl_module: LightningModule, name: str, argument: str) -> nn.Module:
-    """`pl_module.get_submodule(name)`, with an error that names the argument and the submodules that exist."""
-    try:
-        return pl_module.get_submodule(name)
-    except AttributeError as error:
-        children = ", ".join(child for child, _ in pl_module.named_children())
-        raise MisconfigurationException(
-            f"{type(pl_module).__name__} has no submodule {name!r} ({error}); it has {children}: set names as "
-            f"named_modules() lists them, with {argument}"
-        ) from None
-
-
-def local_part(parameter: Tensor) -> Tensor:
-    """This process's part of a parameter that may be sharded: a view of the parameter's memory, without gradient."""
-    value = parameter.detach()
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def refuse_deepspeed(trainer: Trainer, callback: str, reason: str) -> None:

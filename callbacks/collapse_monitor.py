@@ -3,18 +3,19 @@
 import inspect
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_head._arguments import check_integer
-from dino_head.callbacks._after_step import find_submodule, local_part
-from dino_head.callbacks.teacher_update import PAIRS, TeacherUpdateCallback
+from dino_head.callbacks._checks import Checked
+from dino_head.callbacks.teacher_update import TeacherUpdateCallback
 from dino_head.diagnosis import COLLAPSES, diagnose
 from dino_head.functional._outputs import as_outputs
 from dino_head.losses import DINOLoss
@@ -25,13 +26,9 @@ from dino_head.metrics.statistics import statistics_of
 MAX_HISTORY = 1000  # measurements
 MAX_COLUMNS = 512  # of logits, for their rank
 WITHOUT_FLOAT64 = ("mps",)
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a parameter's elements
-
-Pairs = Sequence[tuple[str, str]]
-Fingerprints = list[tuple[list[int], list[int]]]
 
 
-class CollapseMonitorCallback(Callback):
+class CollapseMonitorCallback(Checked):
     """Logs the parts of the loss and the rank of the embeddings, and warns of a collapse with a remedy.
 
         Trainer(callbacks=[CollapseMonitorCallback(), ...])
@@ -45,17 +42,16 @@ class CollapseMonitorCallback(Callback):
 
     Every diagnosis (`diagnose`) uses the averages of the last `patience` measurements and the rank of all their
     embeddings. It is reported once, with epoch and step: a collapse as a warning, a case that may be harmless as
-    information. To detect a teacher that does not follow, the weights are compared with those at the first measurement.
+    information. A teacher that nothing updates is reported earlier, as by each callback of this library.
 
-    Training is bitwise the same with and without it. Between measurements, no memory on the device is used.
+    Training is bitwise the same with and without it. Between measurements, no memory on the device is used and no value
+    is read from it.
 
     Args:
         every_n_steps: Number of training batches from one measurement to the next, >= 1; the first batch is measured.
         patience: Number of measurements that a diagnosis averages over, >= 1.
         stop: Whether a collapse ends the run, as EarlyStopping does; dead prototypes, which may be harmless, do not.
         loss: Name of the DINOLoss, as in `named_modules()`; None if there is only one.
-        pairs: Names of the (student, teacher) submodules; None for the pairs of TeacherUpdateCallback, or else
-            `student` and `teacher`.
 
     Attributes:
         history: Values of each measurement, with `epoch`, `step` (optimizer steps) and scheduled values. A long run
@@ -74,22 +70,18 @@ class CollapseMonitorCallback(Callback):
         patience: int = 10,
         stop: bool = False,
         loss: str | None = None,
-        pairs: Pairs | None = None,
     ) -> None:
         check_integer("every_n_steps", every_n_steps, 1)
         check_integer("patience", patience, 1)
         self.every_n_steps, self.patience, self.stop, self.loss = every_n_steps, patience, stop, loss
-        self.pairs = pairs
         self.history: list[dict[str, float]] = []
         self.diagnoses: list[str] = []
         self._batches, self._measured = 0, 0  # batches so far, and those that were measured
         self._stride = 1  # number of measurements for each one in the history
         self._is_due = False  # whether the last batch should have been measured but did not call the loss
         self._module: DINOLoss | None = None
-        self._pairs: Pairs = ()
         self._measurement: Measurement | None = None  # of this batch
         self._recent: deque[dict[str, Tensor]] = deque(maxlen=patience)  # sums of the last measurements
-        self._first_weights: Fingerprints | None = None  # at the first measurement since training began
 
     @property
     def receipt(self) -> str | None:
@@ -115,7 +107,8 @@ class CollapseMonitorCallback(Callback):
             self._batches, self._measured, self._stride, self.history, self.diagnoses = 0, 0, 1, [], []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the loss and the pairs."""
+        """Find the loss."""
+        super().on_train_start(trainer, pl_module)
         losses = {name: module for name, module in pl_module.named_modules() if isinstance(module, DINOLoss)}
         chosen = losses if self.loss is None else {name: losses[name] for name in losses if name == self.loss}
         if len(chosen) != 1:
@@ -125,23 +118,15 @@ class CollapseMonitorCallback(Callback):
                 "another kind of loss use dino_head.metrics.DINOStatistics in training_step"
             )
         (self._module,) = chosen.values()
-        self._pairs = _known_pairs(trainer, pl_module) if self.pairs is None else self.pairs
-        for name in (name for pair in self._pairs for name in pair):
-            find_submodule(pl_module, name, PAIRS)
-        if not self._pairs:
-            rank_zero_warn(
-                "CollapseMonitorCallback cannot check whether the teacher follows: the Trainer has no "
-                "TeacherUpdateCallback, and the module no student and teacher; name yours with "
-                f"CollapseMonitorCallback({PAIRS})"
-            )
-        self._is_due, self._first_weights = False, None
+        self._is_due = False
         self._recent.clear()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Add the hook to the loss, if this batch is to be measured."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._end_measurement()  # of a batch that was skipped
         if (self._is_due or self._batches % self.every_n_steps == 0) and self._module is not None:
-            self._measurement = Measurement(self._module, trainer, pl_module, self._pairs)
+            self._measurement = Measurement(self._module, trainer)
         self._batches += 1
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -153,7 +138,7 @@ class CollapseMonitorCallback(Callback):
         if self._is_due:  # some process skipped the batch: measure the next one
             return
         self._recent.append(measurement.gather())
-        averages = {**_values(_total(self._recent)), **self._changes(trainer, measurement)}
+        averages = {**_values(_total(self._recent)), **self._changes()}
         values = _values(self._recent[-1])
         values |= {name: averages[name] for name in ("prototypes_used", "prototype_perplexity")}
         del values["rows"], values["output_dim"]
@@ -173,6 +158,7 @@ class CollapseMonitorCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the hook, and print the receipt."""
+        super().on_train_end(trainer, pl_module)
         self._end_measurement()
         self._module = None
         if self.receipt:
@@ -205,22 +191,15 @@ class CollapseMonitorCallback(Callback):
             self.history, self._stride = self.history[::2], 2 * self._stride
         self.history.append(values)
 
-    def _changes(self, trainer: Trainer, measurement: "Measurement") -> dict[str, float]:
+    def _changes(self) -> dict[str, float]:
         """Further inputs of `diagnose`: the change of the loss, and whether the teacher follows."""
         losses = [(sums["loss"] / sums["samples"]).item() for sums in self._recent]
         half = len(losses) // 2
         changes = {}
         if half and sum(losses[:half]) > 0:
             changes["loss_change"] = sum(losses[-half:]) / sum(losses[:half]) - 1
-        if self._first_weights is None:
-            self._first_weights = measurement.weights
-        stands = any(
-            students != students_now and teachers == teachers_now
-            for (students, teachers), (students_now, teachers_now) in zip(
-                self._first_weights, measurement.weights, strict=True
-            )
-        )
-        changes["teacher_follows"] = float(not trainer.strategy.reduce_boolean_decision(stands, all=False))
+        if self.teacher_check is not None and self.teacher_check.has_warned:
+            changes["teacher_follows"] = 0.0
         return changes
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> None:
@@ -238,7 +217,8 @@ class CollapseMonitorCallback(Callback):
         if case not in map(_case, self.diagnoses):
             text = f"{diagnosis} (seen in epoch {trainer.current_epoch}, step {trainer.global_step})"
             self.diagnoses.append(text)
-            (rank_zero_warn if case in COLLAPSES else rank_zero_info)(text)
+            if case != "teacher does not follow":  # which the check has reported
+                (rank_zero_warn if case in COLLAPSES else rank_zero_info)(text)
         if self.stop and case in COLLAPSES:
             trainer.should_stop = True
 
@@ -249,13 +229,8 @@ class Measurement:
     It runs before the calls, because they may update the center. Samples are evenly spread, not random.
     """
 
-    def __init__(self, loss: DINOLoss, trainer: Trainer, pl_module: LightningModule, pairs: Pairs) -> None:
-        # Read before the batch, when all callbacks have finished the previous batch.
-        self.scheduled = _scheduled(trainer)
-        self.weights: Fingerprints = [
-            (_fingerprint(pl_module.get_submodule(student)), _fingerprint(pl_module.get_submodule(teacher)))
-            for student, teacher in pairs
-        ]
+    def __init__(self, loss: DINOLoss, trainer: Trainer) -> None:
+        self.scheduled = _scheduled(trainer)  # before the batch, when all callbacks have finished the previous one
         self.statistics: DINOStatistics | None = None  # None until the loss is called
         self.rank: RankMe | None = None
         measure = torch.compiler.disable(self._measure)  # excludes it from a compiled loss
@@ -269,10 +244,12 @@ class Measurement:
         """Sums of statistics and rank (`products`) over all processes, on the CPU. All processes have to call it."""
         assert self.statistics is not None
         assert self.rank is not None
-        self.statistics.sync()
-        self.rank.sync()
         sums = {**self.statistics.sums(), "products": self.rank.products, "embeddings": self.rank.samples}
-        return {name: value.cpu() for name, value in sums.items()}
+        together = torch.cat([value.flatten() for value in sums.values()])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(together)
+        parts = together.cpu().split([value.numel() for value in sums.values()])
+        return {name: part.view_as(sums[name]) for name, part in zip(sums, parts, strict=True)}
 
     @torch.no_grad()
     def _measure(self, loss: DINOLoss, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -297,7 +274,7 @@ class Measurement:
         center = loss.center_for(teacher, teacher_temp).to(embeddings.device)
         self.statistics.update(teacher, student, center=center, **temperatures)
         if embeddings.shape[-1] == len(self.rank.products):  # a second call may have embeddings of another width
-            self.rank.update(embeddings if embeddings.isfinite().all() else embeddings[:0])
+            self.rank.update(embeddings)
 
 
 def _scheduled(trainer: Trainer) -> dict[str, float]:
@@ -311,20 +288,6 @@ def _scheduled(trainer: Trainer) -> dict[str, float]:
         if isinstance(callback, TeacherUpdateCallback) and callback.last_momentum is not None:
             values["teacher_momentum"] = callback.last_momentum
     return values
-
-
-def _known_pairs(trainer: Trainer, pl_module: LightningModule) -> Pairs:
-    """The pairs of TeacherUpdateCallback, or else `student` and `teacher` if they exist, or else none."""
-    callbacks = [c for c in trainer.callbacks if isinstance(c, TeacherUpdateCallback)]  # type: ignore[attr-defined]
-    names = [pair for callback in callbacks for pair in callback.pairs] or [("student", "teacher")]
-    modules = dict(pl_module.named_modules())
-    return [(student, teacher) for student, teacher in names if student in modules and teacher in modules]
-
-
-def _fingerprint(module: nn.Module) -> list[int]:
-    """For each parameter, the sum of its bits read as integers."""
-    parts = [local_part(parameter).contiguous() for parameter in module.parameters()]
-    return [int(part.view(INTEGERS[part.element_size()]).sum()) for part in parts]
 
 
 def _case(diagnosis: str) -> str:

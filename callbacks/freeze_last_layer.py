@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dino_head._arguments import check_integer
-from dino_head.callbacks._after_step import AfterOptimizerStep, find_submodule, local_part, refuse_deepspeed
+from dino_head.callbacks._after_step import AfterOptimizerStep, refuse_deepspeed
+from dino_head.callbacks._checks.layout import find_submodule, local_part, read
 from dino_head.head import DINOProjectionHead
 from dino_head.prototypes import cancel_gradients
 
 MODULE = 'module="student.head"'  # the argument, as errors show it
+STEPS_AFTER_RELEASE = 3
 
 
 class FreezeLastLayerCallback(AfterOptimizerStep):
@@ -36,7 +38,8 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
     not see, and warns once.
 
     The weights are compared by value, on all processes, after the first two frozen optimizer steps of a fit, at the end
-    of each frozen epoch, and when the freeze ends. The result is in `receipt`, and in the checkpoint.
+    of each frozen epoch, when the freeze ends, and after that until they change, for at most three steps. The result is
+    in `receipt`, and in the checkpoint.
 
     Args:
         freeze_last_layer: Number of epochs to freeze; None for each head's own limit; -1 and 0 freeze nothing.
@@ -71,6 +74,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         self.module = module
         self._freezes: list[_Freeze] = []
         self._running: list[_Freeze] = []  # the freezes that have not ended
+        self._released: list[_Freeze] = []  # those that have, and whose weights have not been seen to change
         self._records: dict[str, _Record] = {}
         self._warned = False
 
@@ -108,7 +112,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         """
         has_limit = self.freeze_last_layer is not None or self.steps is not None
         self._freezes = _find_freezes(pl_module, self.module, has_limit)
-        self._running = []
+        self._running, self._released = [], []
         for freeze in self._freezes:
             freeze.record = self._records.setdefault(freeze.name, _Record(since=trainer.global_step))
             freeze.copied_at = trainer.global_step
@@ -147,28 +151,29 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
                     )
 
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compare the weights after the first two steps, and end a freeze that is limited in steps."""
+        """Compare the weights after the first two steps and after the release, and end a freeze limited in steps."""
         for freeze in self._running:
             freeze.steps_of_this_fit += 1
-            if freeze.steps_of_this_fit <= 2:
-                self._compare(trainer, pl_module, freeze)
+        self._compare(trainer, pl_module, [freeze for freeze in self._running if freeze.steps_of_this_fit <= 2])
+        self._watch_released(trainer, pl_module)
         self._end_freezes(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the weights, and end a freeze after its last epoch (unless, say, max_steps cut the epoch short)."""
-        for freeze in self._running:
-            self._compare(trainer, pl_module, freeze)
+        self._compare(trainer, pl_module, self._running)
         self._end_freezes(trainer, pl_module, epochs_ahead=int(trainer.is_last_batch))
         if self.steps:
             self.require_steps(trainer, trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the weights, and write the receipts, if the run ends before the freeze."""
+        self._compare(trainer, pl_module, self._running)
         for freeze in self._running:
-            self._compare(trainer, pl_module, freeze)
             self._check_cancelled(trainer, freeze)
             self._write_receipt(trainer, freeze, "still frozen when the run ended")
-        self._running = []
+        self._released, self._running = [*self._released, *self._running], []
+        for freeze in list(self._released):
+            self._finish(freeze)
         super().on_train_end(trainer, pl_module)
 
     def _is_frozen(self, freeze: "_Freeze", trainer: Trainer, epochs_ahead: int = 0) -> bool:
@@ -185,30 +190,43 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         else:
             freeze.head.cancel_last_layer_gradients(trainer.current_epoch)
 
-    def _compare(self, trainer: Trainer, pl_module: LightningModule, freeze: "_Freeze") -> None:
-        # By value, because version counters miss fused optimizers. All processes take part, so that all stop together.
-        now = _values(pl_module, freeze.name)
-        has_changed = now.keys() != freeze.before.keys() or any(
-            now[name].shape != before.shape or not torch.equal(now[name], before)
-            for name, before in freeze.before.items()
-        )
-        if trainer.strategy.reduce_boolean_decision(has_changed, all=False):
+    def _compare(self, trainer: Trainer, pl_module: LightningModule, freezes: Sequence["_Freeze"]) -> None:
+        for freeze in freezes:
+            freeze.record.compared_at = trainer.global_step
+        changed = _changed(pl_module, freezes)
+        if changed:
             raise MisconfigurationException(
-                f"{freeze.name} changed while it was frozen (seen at optimizer step {trainer.global_step}). Something "
-                "other than the gradients that Lightning sees has written to it: a raw torch optimizer's step under "
-                "manual optimization (use self.optimizers() and self.manual_backward), a callback that restores "
-                "gradients or weights, or code that replaces the module"
+                f"{_names(changed)} changed while it was frozen (seen at optimizer step {trainer.global_step}). "
+                "Something other than the gradients that Lightning sees has written to it: a raw torch optimizer's "
+                "step under manual optimization (use self.optimizers() and self.manual_backward), a callback that "
+                "restores gradients or weights, or code that replaces the module"
             )
-        freeze.record.compared_at = trainer.global_step
+
+    def _watch_released(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note when the weights change again, in the first steps after the freeze."""
+        changed = _changed(pl_module, self._released)
+        for freeze in list(self._released):
+            freeze.steps_since_release += 1
+            if freeze in changed or freeze.steps_since_release == STEPS_AFTER_RELEASE:
+                seen = f"seen to change at step {trainer.global_step}"
+                missed = f"not seen to change in {STEPS_AFTER_RELEASE} steps since"
+                freeze.record.receipt = f"{freeze.record.receipt}, {seen if freeze in changed else missed}"
+                self._finish(freeze)
+
+    def _finish(self, freeze: "_Freeze") -> None:
+        """Print the receipt, and drop the weights."""
+        self._released.remove(freeze)
+        freeze.before = {}
+        rank_zero_info(freeze.record.receipt)
 
     def _end_freezes(self, trainer: Trainer, pl_module: LightningModule, epochs_ahead: int = 0) -> None:
-        for freeze in [freeze for freeze in self._running if not self._is_frozen(freeze, trainer, epochs_ahead)]:
-            if freeze.record.compared_at != trainer.global_step:
-                self._compare(trainer, pl_module, freeze)
+        ended = [freeze for freeze in self._running if not self._is_frozen(freeze, trainer, epochs_ahead)]
+        self._compare(trainer, pl_module, [one for one in ended if one.record.compared_at != trainer.global_step])
+        for freeze in ended:
             self._check_cancelled(trainer, freeze)
             self._running.remove(freeze)
+            self._released.append(freeze)
             self._write_receipt(trainer, freeze)
-            freeze.before = {}
 
     def _check_cancelled(self, trainer: Trainer, freeze: "_Freeze") -> None:
         # A head that shares the layer, or another instance, may have cancelled first, and the shard of a process may
@@ -241,7 +259,6 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             f"{freeze.name} frozen for {steps}, bitwise unchanged on {ranks} of {ranks} ranks at step "
             f"{record.compared_at}{resumed}, {end} at step {trainer.global_step}"
         )
-        rank_zero_info(record.receipt)
 
 
 @dataclass
@@ -254,7 +271,7 @@ class _Record:
     receipt: str | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _Freeze:
     """One module that is frozen for a while."""
 
@@ -265,6 +282,7 @@ class _Freeze:
     before: dict[str, Tensor] = field(default_factory=dict)  # this process's values when this fit began
     copied_at: int = 0  # global step of those values
     steps_of_this_fit: int = 0
+    steps_since_release: int = 0
 
     def has_gradient(self) -> bool:
         return any(parameter.grad is not None for parameter in self.parameters)
@@ -352,6 +370,22 @@ def _names(freezes: Sequence[_Freeze]) -> str:
 def _values(pl_module: LightningModule, name: str) -> dict[str, Tensor]:
     """This process's part of all parameters of the module that currently has this name."""
     return {key: local_part(parameter) for key, parameter in find_submodule(pl_module, name, MODULE).named_parameters()}
+
+
+def _changed(pl_module: LightningModule, freezes: Sequence[_Freeze]) -> list[_Freeze]:
+    """Freezes whose weights differ from those at the start of the fit, on any process; one transfer from the device."""
+    # By value, because version counters miss fused optimizers.
+    flags = []
+    for freeze in freezes:
+        now = _values(pl_module, freeze.name)
+        is_same = now.keys() == freeze.before.keys() and all(
+            now[name].shape == before.shape for name, before in freeze.before.items()
+        )
+        different = [(now[name] != before).any() for name, before in freeze.before.items()] if is_same else []
+        device = next(iter(now.values())).device
+        flags.append(torch.stack(different).any() if different else torch.tensor(not is_same, device=device))
+    changed = read(torch.stack(flags)) if flags else []
+    return [freeze for freeze, is_changed in zip(freezes, changed, strict=True) if is_changed]
 
 
 def _has_unseen_steps(trainer: Trainer) -> bool:

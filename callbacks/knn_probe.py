@@ -3,16 +3,17 @@
 from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dino_head._arguments import check_integer, check_number
-from dino_head.callbacks._after_step import find_submodule
+from dino_head.callbacks._checks import Checked
+from dino_head.callbacks._checks.layout import find_submodule
 from dino_head.callbacks._features import Loaders, evaluation, extract, labelled_loaders
 from dino_head.metrics import KNNAccuracy
 
 
-class KNNProbeCallback(Callback):
+class KNNProbeCallback(Checked):
     """Logs the accuracy of a k-nearest-neighbour vote on the teacher's features, as `knn/top1`.
 
         Trainer(callbacks=[KNNProbeCallback(train, test), ModelCheckpoint(monitor="knn/top1", mode="max"), ...])
@@ -95,6 +96,7 @@ class KNNProbeCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find module and data."""
+        super().on_train_start(trainer, pl_module)
         find_submodule(pl_module, self.module, "module=...")
         with evaluation(pl_module):  # creating loaders may draw random numbers
             self._loaders = labelled_loaders(trainer, self.train, self.test, type(self).__name__)
@@ -110,6 +112,7 @@ class KNNProbeCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop the datamodule's loaders, and print the receipt."""
+        super().on_train_end(trainer, pl_module)
         self._loaders = None
         if self.receipt:
             rank_zero_info(self.receipt)

@@ -61,16 +61,20 @@ class ScheduleCallback(AfterScheduledStep):
         self.schedule = schedule
         self._follows: list[list[bool]] = []  # for each optimizer's groups, if the target is one of their options
         self._setters: list[Callable[[float], None]] = []
+        self._getters: list[Callable[[], float]] = []
         self._set_for: int | None = None  # the step for which the value is set
-        self._first: float | None = None
+        self._value: float | None = None  # for that step
+        self._first: float | None = None  # read back after the first and the last step
         self._last: float | None = None
+        self._changed = 0  # number of steps after which it had another value than the one that was set
 
     @property
     def receipt(self) -> str | None:
-        """The target with its first and last value; None before the first step."""
+        """The target's values, read back after the first and the last step; None before a step."""
         if self._first is None or self._last is None:
             return None
-        return f"{self.target} from {self._first:.6g} to {self._last:.6g} in {self.progress()}"
+        text = f"{self.target} from {self._first:.6g} to {self._last:.6g} in {self.progress()}"
+        return f"{text}, changed by other code in {self._changed} of them" if self._changed else text
 
     @property
     def state_key(self) -> str:
@@ -81,7 +85,7 @@ class ScheduleCallback(AfterScheduledStep):
         """Reset the state of an earlier run, before a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not self._has_count:
-            self._follows, self._first, self._last = [], None, None
+            self._follows, self._first, self._last, self._changed = [], None, None, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the target."""
@@ -95,6 +99,7 @@ class ScheduleCallback(AfterScheduledStep):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the value of the next step."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._set_for == self.steps_taken:
             return
         assert self._horizon is not None
@@ -107,21 +112,25 @@ class ScheduleCallback(AfterScheduledStep):
         value = int(value) if isinstance(value, Integral) else float(value)
         for set_value in self._setters:
             set_value(value)
-        self._set_for, self._last = self.steps_taken, float(value)
-        if self._first is None:
-            self._first = self._last
+        self._set_for, self._value = self.steps_taken, float(value)
 
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing beyond the count: the next batch sets the next value."""
+        """Read the values back, which other code may have changed since."""
+        values = [float(get_value()) for get_value in self._getters]
+        other = next((value for value in values if value != self._value), self._value)
+        self._first, self._last = other if self._first is None else self._first, other
+        self._changed += other != self._value
 
     def state_dict(self) -> dict[str, Any]:
         """The count, the length of the schedule, the groups that follow it, and the values for the receipt."""
-        return {**super().state_dict(), "follows": self._follows, "first": self._first, "last": self._last}
+        values = {"first": self._first, "last": self._last, "changed": self._changed}
+        return {**super().state_dict(), "follows": self._follows, **values}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the values of a resumed run."""
         super().load_state_dict(state_dict)
         self._follows, self._first, self._last = (state_dict[key] for key in ("follows", "first", "last"))
+        self._changed = state_dict.get("changed", 0)  # not in checkpoints of 0.1
 
     def _find_target(self, trainer: Trainer, pl_module: LightningModule) -> None:
         path, _, name = self.target.rpartition(".")
@@ -134,9 +143,11 @@ class ScheduleCallback(AfterScheduledStep):
         if any(self.target in group for optimizer in trainer.optimizers for group in optimizer.param_groups):
             groups = self._following_groups(trainer)
             self._setters = [functools.partial(group.__setitem__, self.target) for group in groups]
+            self._getters = [functools.partial(group.__getitem__, self.target) for group in groups]
         else:
             owners = self._owners(trainer, pl_module, path, name)
             self._setters = [functools.partial(setattr, owner, name) for owner in owners]
+            self._getters = [functools.partial(getattr, owner, name) for owner in owners]
         self._set_for = None
 
     def _following_groups(self, trainer: Trainer) -> list[dict[str, Any]]:

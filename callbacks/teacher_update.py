@@ -6,16 +6,27 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dino_head._arguments import check_number
-from dino_head.callbacks._after_step import AfterScheduledStep, find_submodule, local_part, refuse_deepspeed
-from dino_head.callbacks._losses import GuardedLosses
+from dino_head.callbacks._after_step import AfterScheduledStep, refuse_deepspeed
+from dino_head.callbacks._checks.layout import (
+    PAIRS,
+    Pairs,
+    find_submodule,
+    fingerprint,
+    local_part,
+    read,
+    without_compile,
+)
+from dino_head.callbacks._checks.losses import GuardedLosses
 from dino_head.schedules import cosine_schedule
 
-PAIRS = 'pairs=(("student", "teacher"),)'  # the argument, as errors show it
+Weights = list[tuple[Tensor, Tensor]]  # parameters of student and teacher
+COPY = "make the teacher with copy.deepcopy(student)"
 
 
 class TeacherUpdateCallback(AfterScheduledStep):
@@ -26,11 +37,16 @@ class TeacherUpdateCallback(AfterScheduledStep):
 
     Parameters are averaged, buffers are not: in train mode, the teacher's batch norm follows the teacher's own batches,
     as in the authors' code. A step that a GradScaler skips updates nothing; the next center update includes its logits.
+    A frozen parameter that both sides share is skipped, and a student may have submodules of its own, such as a
+    predictor.
 
     The update runs in `on_train_batch_end`, after the optimizer and before ModelCheckpoint, so a checkpoint at any step
     contains the teacher of that step. During training, the callback also checks each value of a DINOLoss and raises
-    an error before a NaN reaches the weights. On a GPU, the check waits for the forward pass; in a compiled loss, it
-    causes a graph break.
+    an error on all processes before a NaN on one of them reaches the weights. The value is read before the optimizer's
+    step, while the device is busy with backward, so the check does not slow down training.
+
+    The first three updates, the last one of each epoch and the last of the run are compared with the weights before;
+    `receipt` has the result. Updates with momentum 1, or of a teacher that equals the student, are not counted.
 
     Args:
         pairs: Names of the (student, teacher) submodules of the LightningModule. Parts of a teacher outside the pairs
@@ -71,23 +87,25 @@ class TeacherUpdateCallback(AfterScheduledStep):
         self.base_momentum = base_momentum
         self.final_momentum = final_momentum
         self.allow_different_weights = allow_different_weights
-        self._parameters: list[tuple[Tensor, Tensor]] = []  # of student and teacher
+        self._weights: list[Weights] = []  # of each pair
         self._students: list[Tensor] = []  # this process's parts of them
         self._teachers: list[Tensor] = []
         self._losses: GuardedLosses | None = None
-        self._ranks, self._centers = 1, 0
         self._is_checked = False  # whether the first step checked that the parameters are still the module's
+        # For the receipt: for each name, the looks at which it was seen to change, of those at which it should have.
+        self._seen: dict[str, list[int]] = {}
+        self._ranks = self._world = 1  # processes in which it did at every look, of all
+        self._other_parts_before = "not checked"
 
     @property
     def receipt(self) -> str | None:
-        """The updated modules, the number of updates and the last momentum; None before the first update."""
+        """The modules that were seen to change, the updates, the last momentum; None before the first update."""
         if not self.steps_taken:
             return None
-        names = ", ".join(f"{teacher} followed {student}" for student, teacher in self.pairs)
-        centers = f", {self._centers} center{'s' * (self._centers > 1)} with it" if self._centers else ""
+        seen = [f"{name} seen to change at {n} of {counted} looks" for name, (n, counted) in self._seen.items()]
         return (
-            f"{names} for {self.progress()}, last with momentum {self.last_momentum:.6g}{centers}, on {self._ranks} of "
-            f"{self._ranks} ranks"
+            f"{', '.join(seen) or 'not looked at'}, on {self._ranks} of {self._world} ranks, in {self.progress()}, "
+            f"last with momentum {self.last_momentum:.6g}; other parts of the teacher: {self._other_parts}"
         )
 
     @property
@@ -105,31 +123,47 @@ class TeacherUpdateCallback(AfterScheduledStep):
         """Whether the momentum changes over the run."""
         return self.base_momentum != self.final_momentum
 
+    @property
+    def updated_pairs(self) -> Pairs:
+        """The pairs."""
+        return self.pairs
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reset the state of an earlier run, before a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not self._has_count:
-            self.momentum = None
+            self.momentum, self._seen, self._ranks = None, {}, trainer.world_size
+            self._other_parts_before = "not checked"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find pairs and losses, and raise an error if a teacher cannot be averaged."""
         refuse_deepspeed(trainer, type(self).__name__, "may keep parameters outside of their modules")
-        self._parameters = find_parameters(pl_module, self.pairs)
-        self._students = [local_part(student) for student, _ in self._parameters]
-        self._teachers = [local_part(teacher) for _, teacher in self._parameters]
-        self._ranks, self._is_checked = trainer.world_size, False
+        self._weights = find_weights(pl_module, self.pairs)
+        self._students = [local_part(student) for weights in self._weights for student, _ in weights]
+        self._teachers = [local_part(teacher) for weights in self._weights for _, teacher in weights]
+        self._world, self._is_checked = trainer.world_size, False
         is_fresh = trainer.global_step == 0 and not self._has_count
         if is_fresh and not self.allow_different_weights:
-            self._check_equal_weights(trainer)
+            self._check_equal_weights()
         self._check_other_callbacks(trainer, pl_module)
         self._losses = GuardedLosses(trainer, pl_module, self.pairs)
-        self._centers = self._losses.centers
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Defer center updates and check the losses during the batch."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._losses is not None:
             self._losses.guard()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Start to copy the values of the losses to the host."""
+        if self._losses is not None:
+            self._losses.reduce()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Raise an error if a value of the losses is not finite."""
+        if self._losses is not None:
+            self._losses.require_finite()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Update, if an optimizer stepped."""
@@ -137,16 +171,50 @@ class TeacherUpdateCallback(AfterScheduledStep):
             self._losses.release()
         super().on_train_batch_end(trainer, pl_module, *args)
 
-    @torch.no_grad()
     def after_optimizer_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average all pairs in one foreach lerp (equal weights stay bitwise equal), and update the centers."""
-        update = self.steps_taken - 1
         if not self._is_checked:
             self._check_current(pl_module)
             self._is_checked = True
+        is_last = trainer.is_last_batch or trainer.global_step == trainer.max_steps or trainer.should_stop
+        if self.steps_taken <= 3 or is_last:
+            self._look_at_update()
+        else:
+            self._update()
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        update = self.steps_taken - 1
         get_ema_multi_avg_fn(self._momentum_of(update))(self._teachers, self._students, update)
         if self._losses is not None:
             self._losses.apply_center_updates()
+
+    @torch.no_grad()
+    def _look_at_update(self) -> None:
+        """Update, and count which teachers and centers changed, of those that should."""
+        losses = {} if self._losses is None else self._losses.with_moving_center()
+        before, centers = fingerprint(self._teachers), [loss.center for loss in losses.values()]
+        centers_before = [center.clone() for center in centers]
+        should_change = fingerprint(self._students) != before
+        should_change &= self._momentum_of(self.steps_taken - 1) < 1
+        self._update()
+        changed = fingerprint(self._teachers) != before
+        sizes = [len(weights) for weights in self._weights]
+        flags = [
+            flag
+            for expected, seen in zip(should_change.split(sizes), changed.split(sizes), strict=True)
+            for flag in (expected.any(), (expected & seen).any())
+        ]
+        for center, center_before in zip(centers, centers_before, strict=True):
+            flags += [torch.ones_like(flags[0]), (center != center_before).any()]
+        processes = read(torch.stack(flags))
+        names = [teacher for _, teacher in self.pairs] + [f"{name}.center" for name in losses]
+        for name, expected, seen in zip(names, processes[::2], processes[1::2], strict=True):
+            counts = self._seen.setdefault(name, [0, 0])
+            if expected:
+                counts[0] += seen == expected
+                counts[1] += 1
+                self._ranks = min(self._ranks, self._world - int(expected - seen))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise an error if no step was seen, or if the teacher's parameters are no longer the module's."""
@@ -155,13 +223,31 @@ class TeacherUpdateCallback(AfterScheduledStep):
         self.require_steps(trainer, self.steps_taken)
         self._check_current(pl_module)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The count of steps, the length of the schedule, and the looks so far."""
+        looks = {"seen": self._seen, "ranks": self._ranks, "other_parts": self._other_parts}
+        return {**super().state_dict(), **looks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with the counts of a resumed run."""
+        super().load_state_dict(state_dict)
+        if "seen" in state_dict:  # not in checkpoints of 0.1
+            self._seen, self._ranks = state_dict["seen"], state_dict["ranks"]
+            self._other_parts_before = state_dict["other_parts"]
+
+    @property
+    def _other_parts(self) -> str:
+        """What was observed of parts of the teacher outside the pairs, in this run or before it was resumed."""
+        check = self.teacher_check
+        return self._other_parts_before if check is None or check.outcome == "not checked" else check.outcome
+
     def _unhook(self) -> None:
         super()._unhook()
         if self._losses is not None:
             self._losses.release()
             self._losses.discard()
         self._losses = None
-        self._parameters, self._students, self._teachers = [], [], []
+        self._weights, self._students, self._teachers = [], [], []
 
     def _momentum_of(self, update: int) -> float:
         if self.momentum is not None:
@@ -171,9 +257,8 @@ class TeacherUpdateCallback(AfterScheduledStep):
             return self.base_momentum
         return cosine_schedule(update, self.base_momentum, self.final_momentum, self._horizon)
 
-    def _check_equal_weights(self, trainer: Trainer) -> None:
-        differ = not all(map(torch.equal, self._students, self._teachers))
-        if trainer.strategy.reduce_boolean_decision(differ, all=False):
+    def _check_equal_weights(self) -> None:
+        if any(read((fingerprint(self._students) != fingerprint(self._teachers)).any()[None])):
             raise MisconfigurationException(
                 f"the run starts with a teacher that differs from the student ({self.pairs}), but DINO starts with two "
                 "equal networks: teacher = copy.deepcopy(student). If both were trained elsewhere, allow it with "
@@ -181,10 +266,10 @@ class TeacherUpdateCallback(AfterScheduledStep):
             )
 
     def _check_other_callbacks(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        mine = {id(teacher) for _, teacher in self._parameters}
+        mine = {id(teacher) for weights in self._weights for _, teacher in weights}
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, TeacherUpdateCallback) and other is not self:
-                theirs = {id(teacher) for _, teacher in find_parameters(pl_module, other.pairs)}
+                theirs = {id(teacher) for weights in find_weights(pl_module, other.pairs) for _, teacher in weights}
                 if not mine.isdisjoint(theirs):
                     raise MisconfigurationException(
                         f"two TeacherUpdateCallbacks, of {self.pairs} and {other.pairs}, would average the same "
@@ -192,50 +277,71 @@ class TeacherUpdateCallback(AfterScheduledStep):
                     )
 
     def _check_current(self, pl_module: LightningModule) -> None:
-        now = find_parameters(pl_module, self.pairs)
-        if len(now) != len(self._parameters) or any(
-            ours is not theirs
-            for pair in zip(now, self._parameters, strict=True)
-            for ours, theirs in zip(*pair, strict=True)
-        ):
+        now, before = (
+            [(id(student), id(teacher)) for of_pair in weights for student, teacher in of_pair]
+            for weights in (find_weights(pl_module, self.pairs), self._weights)
+        )
+        if now != before:
             raise MisconfigurationException(
                 f"parameters of {self.pairs} were replaced since training began, so the teacher would no longer follow "
                 "the student: copy new values into the old parameters instead, parameter.data.copy_(...)"
             )
 
 
-def find_parameters(pl_module: LightningModule, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tensor, Tensor]]:
-    """(student, teacher) of each parameter of the teachers, without duplicates, after checking that the two match."""
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+def find_weights(pl_module: LightningModule, pairs: Pairs) -> list[Weights]:
+    """For each pair, (student, teacher) of the teacher's parameters, after checking that the two match.
+
+    A parameter that several modules share is in the first pair alone, and a frozen one that both sides share in none.
+    """
+    found: dict[int, Tensor] = {}  # parameters of the students, by their teachers
+    of_pairs: list[Weights] = []
     for names in pairs:
+        sides = [find_submodule(pl_module, name, PAIRS) for name in names]
         student, teacher = (
-            {
-                name.replace("_orig_mod.", ""): parameter  # torch.compile may have wrapped only one side
-                for name, parameter in find_submodule(pl_module, side, PAIRS).named_parameters()
-            }
-            for side in names
+            {without_compile(name): parameter for name, parameter in side.named_parameters()} for side in sides
         )
-        for name in student | teacher:
-            _check_pair(f"{name!r} of {names}", student.get(name), teacher.get(name))
-            student_of_teacher, _ = found.setdefault(id(teacher[name]), (student[name], teacher[name]))
-            if student_of_teacher is not student[name]:
+        _check_structure(names, *sides)
+        of_pairs.append([])
+        for name, follower in teacher.items():
+            if student[name] is follower and not follower.requires_grad:
+                continue
+            _check_pair(f"{name!r} of {names}", student[name], follower)
+            if id(follower) not in found:
+                found[id(follower)] = student[name]
+                of_pairs[-1].append((student[name], follower))
+            elif found[id(follower)] is not student[name]:
                 raise MisconfigurationException(
                     f"{name!r} of {names} is in another pair as well, with another student: a parameter of a teacher "
                     "can follow only one student"
                 )
-    return list(found.values())
-
-
-def _check_pair(which: str, student: Tensor | None, teacher: Tensor | None) -> None:
-    remedy = "make the teacher with copy.deepcopy(student)"
-    if student is None or teacher is None or student.shape != teacher.shape:
+    if not found:
         raise MisconfigurationException(
-            f"student and teacher must have equal structure, but {which} is "
-            f"{'missing' if student is None else tuple(student.shape)} in the student and "
-            f"{'missing' if teacher is None else tuple(teacher.shape)} in the teacher: {remedy}"
+            f"the teachers of {tuple(pairs)} have no parameters of their own to update: {COPY}, and name both sides "
+            f"with {PAIRS}"
         )
+    return of_pairs
+
+
+def _check_structure(names: tuple[str, str], student: nn.Module, teacher: nn.Module) -> None:
+    """Raise an error unless each parameter of the teacher, and of its modules in the student, has a counterpart."""
+    ours, theirs = (
+        {without_compile(name): parameter.shape for name, parameter in side.named_parameters()}
+        for side in (student, teacher)
+    )
+    shared = {without_compile(name) for name, _ in teacher.named_modules()}
+    for name in ours | theirs:
+        is_of_student_alone = name not in theirs and name.rpartition(".")[0] not in shared  # such as a predictor's
+        if ours.get(name) != theirs.get(name) and not is_of_student_alone:
+            raise MisconfigurationException(
+                f"student and teacher must have equal structure, but {name!r} of {names} is "
+                f"{tuple(ours[name]) if name in ours else 'missing'} in the student and "
+                f"{tuple(theirs[name]) if name in theirs else 'missing'} in the teacher: {COPY}"
+            )
+
+
+def _check_pair(which: str, student: Tensor, teacher: Tensor) -> None:
     if student is teacher:
-        raise MisconfigurationException(f"{which} is one and the same parameter in both: {remedy}")
+        raise MisconfigurationException(f"{which} is one and the same parameter in both: {COPY}")
     if teacher.dtype in (torch.bfloat16, torch.float16):
         raise MisconfigurationException(
             f"{which} is {teacher.dtype} in the teacher, which rounds steps of 1 - momentum away, so it would never "
@@ -243,7 +349,7 @@ def _check_pair(which: str, student: Tensor | None, teacher: Tensor | None) -> N
         )
     if student.dtype != teacher.dtype:
         raise MisconfigurationException(
-            f"{which} is {student.dtype} in the student and {teacher.dtype} in the teacher: {remedy}"
+            f"{which} is {student.dtype} in the student and {teacher.dtype} in the teacher: {COPY}"
         )
     if teacher.requires_grad:
         raise MisconfigurationException(

@@ -32,8 +32,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from dino_head._arguments import check_integer
-from dino_head.callbacks._after_step import AfterOptimizerStep, find_submodule
-from dino_head.callbacks.teacher_update import PAIRS
+from dino_head.callbacks._after_step import AfterOptimizerStep
+from dino_head.callbacks._checks.layout import PAIRS, find_submodule
 
 Make = Callable[[], tuple[LightningModule, Any, Sequence[Callback]]]
 

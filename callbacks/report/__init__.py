@@ -14,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from dino_head._arguments import check_integer
 from dino_head._extras import packages_of_extras
-from dino_head.callbacks._after_step import find_submodule
+from dino_head.callbacks._checks import Checked
+from dino_head.callbacks._checks.layout import find_submodule
 from dino_head.callbacks._features import Loaders, as_text, evaluation, is_sharded, labelled_loaders
 from dino_head.callbacks.collapse_monitor import CollapseMonitorCallback
 from dino_head.callbacks.knn_probe import KNNProbeCallback
@@ -25,7 +26,7 @@ from dino_head.callbacks.report.pictures import PatchMaps, Samples, attention_ma
 Kind = TypeVar("Kind", bound=Callback)
 
 
-class ReportCallback(Callback):
+class ReportCallback(Checked):
     """Writes a page about the run, `report.html`, and its pictures as PNG files.
 
         Trainer(callbacks=[CollapseMonitorCallback(), KNNProbeCallback(train, test), ReportCallback("runs/mine"), ...])
@@ -98,6 +99,7 @@ class ReportCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find folder and images, and raise an error instead of overwriting the report of another run."""
+        super().on_train_start(trainer, pl_module)
         _charts()
         self._folder = Path(self.dirpath or trainer.log_dir or trainer.default_root_dir)
         exists = trainer.strategy.broadcast((self._folder / "report.html").exists())
@@ -121,6 +123,7 @@ class ReportCallback(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last report, and print the receipt."""
+        super().on_train_end(trainer, pl_module)
         self._write(trainer, pl_module)
         rank_zero_info(self.receipt)
 

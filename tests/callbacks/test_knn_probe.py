@@ -20,6 +20,12 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 from dino_head.callbacks import KNNProbeCallback
 from dino_head.metrics import KNNAccuracy
 
+# Most of these runs only need a module to probe.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:teacher does not follow"),
+    pytest.mark.filterwarnings("ignore:.* of the teacher (is|acts)"),  # modes that the probe has to restore
+]
+
 
 def seeded(**options):
     torch.manual_seed(0)

@@ -7,7 +7,8 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "callbacks"
 FILES = {file.relative_to(FOLDER).with_suffix("").as_posix(): file for file in FOLDER.rglob("*.py")}
-RULES = {"_after_step", "_losses", "freeze_last_layer", "schedule", "teacher_update"}
+CHECKED = {name for name in FILES if name.startswith("_checks/")}
+RULES = {"_after_step", "freeze_last_layer", "schedule", "teacher_update"}
 WATCHING = {"_features", "collapse_monitor", "knn_probe", *(name for name in FILES if name.startswith("report/"))}
 CHECKS = {"testing"}
 PACKAGE = "dino_head.callbacks"
@@ -27,17 +28,22 @@ def imported(file):
 
 
 def test_every_file_is_a_rule_watches_or_is_a_check():
-    assert RULES | WATCHING | CHECKS | {"__init__"} == set(FILES)
+    assert CHECKED | RULES | WATCHING | CHECKS | {"__init__"} == set(FILES)
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_rules_import_rules_alone(name):
-    assert imported(FILES[name]) <= RULES
+    assert imported(FILES[name]) <= RULES | CHECKED | {"_checks"}
 
 
-def test_at_most_three_private_files_of_which_small_ones_have_several_users():
-    private = [name for name in FILES if name.startswith("_") and not name.startswith("__")]
-    assert len(private) <= 3
+@pytest.mark.parametrize("name", sorted(CHECKED))
+def test_the_checks_import_checks_alone(name):
+    assert imported(FILES[name]) <= CHECKED | {"_checks"}
+
+
+def test_at_most_three_private_parts_of_which_small_ones_have_several_users():
+    private = [name for name in FILES if name.startswith("_") and not name.startswith("__") and "/" not in name]
+    assert len(private) <= 2  # and the package _checks
     for name in private:
         users = [file for file in FILES.values() if name in imported(file)]
         assert len(users) > 1 or len(FILES[name].read_text().splitlines()) >= 100, name

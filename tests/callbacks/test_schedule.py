@@ -15,6 +15,9 @@ from torch import nn
 from dino_head import cosine_schedule
 from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
 
+# The subject of these tests is another rule.
+pytestmark = pytest.mark.filterwarnings("ignore:teacher does not follow")
+
 
 class Seen(Callback):
     """Values in the optimizer at each of its steps."""
@@ -270,9 +273,7 @@ def test_accumulation_that_changes_raises(scheduled):
 def test_a_constant_momentum_needs_no_horizon():
     callback = TeacherUpdateCallback(base_momentum=0.9, final_momentum=0.9)
     trainer(callback, max_epochs=-1, max_time={"seconds": 1}).fit(Toy(), loader())
-    assert callback.receipt.startswith(
-        f"teacher followed student for {callback.steps_taken} optimizer steps, last with momentum 0.9"
-    )
+    assert f"in {callback.steps_taken} optimizer steps, last with momentum 0.9" in callback.receipt
 
 
 # Errors.

@@ -198,7 +198,8 @@ def test_several_pairs():
             {},
             r"'backbone.weight' of .* is \(8, 8\) in the student and \(9, 8\) in the teacher: make the teacher with",
         ),
-        (lambda module: module.teacher.pop("head"), {}, "missing in the teacher"),
+        (lambda module: module.teacher.update({"backbone": nn.Linear(8, 8, bias=False)}), {}, "missing in the teacher"),
+        (lambda module: module.student.pop("head"), {}, "missing in the student"),
     ],
 )
 def test_a_pair_that_does_not_fit_is_refused(change, options, message):
@@ -279,8 +280,8 @@ def test_the_receipt_is_logged_and_saved(tmp_path, caplog):
         trainer(callback, save, enable_checkpointing=True).fit(tiny_dino(), view_loader())
     last = cosine_schedule(11, 0.5, 1.0, 12)
     assert callback.receipt == (
-        f"teacher followed student for 12 of 12 optimizer steps, last with momentum {last:.6g}, 1 center with it, on 1 "
-        "of 1 ranks"
+        "teacher seen to change at 5 of 5 looks, loss.center seen to change at 6 of 6 looks, on 1 of 1 ranks, in 12 of "
+        f"12 optimizer steps, last with momentum {last:.6g}; other parts of the teacher: none"
     )
     assert [record.getMessage() for record in caplog.records].count(callback.receipt) == 1
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"][callback.state_key]

@@ -48,8 +48,8 @@ def random_example(**data):
     """Shuffled, with random views and dropout."""
     module = tiny_dino(warmup_epochs=1)
     module.augment = lambda images: [images + 0.1 * torch.randn_like(images) for _ in range(3)]
-    for side in (module.student, module.teacher):
-        side["backbone"] = nn.Sequential(side["backbone"], nn.Dropout(0.2))
+    for side, rate in zip((module.student, module.teacher), (0.2, 0.0), strict=True):
+        side["backbone"] = nn.Sequential(side["backbone"], nn.Dropout(rate))
     return module, Shuffled(**data), rules()
 
 

@@ -227,8 +227,8 @@ def random_run(folder: Path, *callbacks: Callback, ckpt_path: Path | None = None
     torch.manual_seed(0)
     module = tiny_dino(warmup_epochs=1, seed=5)
     module.augment = random_views
-    for side in (module.student, module.teacher):
-        side["backbone"] = nn.Sequential(side["backbone"], nn.Dropout(0.2))
+    for side, rate in zip((module.student, module.teacher), (0.2, 0.0), strict=True):
+        side["backbone"] = nn.Sequential(side["backbone"], nn.Dropout(rate))
     torch.manual_seed(len(os.listdir(folder)))  # whatever state a process begins with
     save = ModelCheckpoint(folder / "checkpoints", filename="{step}", save_top_k=-1, every_n_train_steps=1)
     devices = int(os.environ.get("WORLD_SIZE", 1))

@@ -1,0 +1,58 @@
+"""Which parameters an output was computed from."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Flow(TorchDispatchMode):
+    """While it is active, follows parameters through all operations, with or without gradients, and compiled ones.
+
+    Compiled functions run uncompiled inside of it.
+
+    Args:
+        parameters: Parameters by name. Those that share memory count as one.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names = list(parameters)
+        # By address; the weak reference keeps the address from being used again. The sources are bits of an integer.
+        self._sources: dict[int, tuple[StorageWeakRef, int]] = {}
+        for index, parameter in enumerate(parameters.values()):
+            self._add(parameter, 1 << index)
+
+    def sources(self, *tensors: Tensor) -> set[str]:
+        """Names of the parameters that these tensors were computed from."""
+        bits = self._bits(tensors)
+        return {name for index, name in enumerate(self.names) if bits >> index & 1}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        bits = self._bits(tree_leaves((args, kwargs)))
+        if bits:
+            written = [
+                value
+                for argument, value in zip(func._schema.arguments, args, strict=False)
+                if argument.alias_info is not None and argument.alias_info.is_write
+            ]
+            for tensor in tree_leaves((result, written)):
+                if isinstance(tensor, Tensor):
+                    self._add(tensor, bits)
+        return result
+
+    def _bits(self, values: Any) -> int:
+        bits = 0
+        for value in values:
+            if isinstance(value, Tensor):
+                bits |= self._sources.get(value.untyped_storage()._cdata, (None, 0))[1]
+        return bits
+
+    def _add(self, tensor: Tensor, bits: int) -> None:
+        storage = tensor.untyped_storage()
+        reference, before = self._sources.get(storage._cdata, (None, 0))
+        self._sources[storage._cdata] = reference or StorageWeakRef(storage), before | bits

@@ -1,0 +1,164 @@
+"""The DINOLoss modules of a LightningModule in training: center updates are deferred, loss values are checked."""
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from dino_head.functional._outputs import as_outputs
+from dino_head.losses import DINOLoss
+
+
+class GuardedLosses:
+    """All DINOLoss modules of a LightningModule, with deferred center updates and a check for finite values.
+
+    Each call adds its value, and 0 or NaN for the outputs of both sides, to three numbers on the device. Before
+    backward they are reduced over all processes and copied to the host, without waiting. Before the optimizer's step,
+    when backward is queued, the host reads them. Under manual optimization, where the optimizer may be one that
+    Lightning does not know, the host reads them in the call.
+
+    The losses are guarded only within batches. Copies made between batches are then plain modules, and calls between
+    batches do not mix with the sums of an accumulation window.
+    """
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule, pairs: Sequence[tuple[str, str]]) -> None:
+        self.trainer, self.pl_module, self.pairs = trainer, pl_module, pairs
+        self.losses = {name: module for name, module in pl_module.named_modules() if isinstance(module, DINOLoss)}
+        self.hooks: list[Any] = []
+        self.were_deferred = {name: loss.defer_center_update for name, loss in self.losses.items()}
+        self.collected: dict[str, Tensor] = {}  # sums for the centers, between batches
+        self.sums: Tensor | None = None  # (3,): of the loss; 0 or NaN for the outputs of teacher and student
+        self.copies: list[_HostCopy] = []  # of the sums of this accumulation window's backward passes
+
+    def guard(self) -> None:
+        """Defer the updates of the centers, and check the values of the losses."""
+        self._return_collected()
+        for loss in self.losses.values():
+            loss.defer_center_update = True
+            # A compiled loss is called as before, and this hook after it.
+            note = torch.compiler.disable(self._note)
+            self.hooks.append(loss.register_forward_hook(note, with_kwargs=True))
+
+    def release(self) -> None:
+        """Make the losses plain modules again, and keep the sums that they collected for their centers."""
+        if not self.hooks:
+            return
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+        for name, loss in self.losses.items():
+            loss.defer_center_update = self.were_deferred[name]
+            if loss._collected is not None:
+                self.collected[name], loss._collected = loss._collected, None
+
+    def discard(self) -> None:
+        """Discard the sums of an interrupted step."""
+        self.collected, self.sums, self.copies = {}, None, []
+
+    def with_moving_center(self) -> dict[str, DINOLoss]:
+        """The losses whose center should change in each step, by name."""
+        return {
+            name: loss for name, loss in self.losses.items() if loss.center is not None and loss.center_momentum < 1
+        }
+
+    def apply_center_updates(self) -> None:
+        """Update all centers."""
+        self._return_collected()
+        for loss in self.losses.values():
+            loss.apply_center_update()
+
+    def reduce(self) -> None:
+        """Reduce the sums of the calls so far over all processes, and start to copy them to the host.
+
+        All processes have to call it.
+        """
+        sums, self.sums = self.sums, None
+        if dist.is_available() and dist.is_initialized():
+            sums = torch.zeros(3, device=self.pl_module.device) if sums is None else sums
+            dist.all_reduce(sums)
+        if sums is not None:
+            self.copies.append(_HostCopy(sums))
+
+    def require_finite(self) -> None:
+        """Raise FloatingPointError if a value of this accumulation window is not finite, in all processes alike."""
+        copies, self.copies = self.copies, []
+        for loss, teacher, student in (copy.read() for copy in copies):
+            if not math.isfinite(loss):
+                sides = [self._weights_are_finite(side) for side in zip(*self.pairs, strict=True)]
+                center = all(loss.center is None or bool(loss.center.isfinite().all()) for loss in self.losses.values())
+                reason = explain((teacher, student), (sides[1], sides[0]), center_is_finite=center)
+                raise FloatingPointError(
+                    f"the loss is {loss} in epoch {self.trainer.current_epoch}, at optimizer step "
+                    f"{self.trainer.global_step}: {reason}. Nothing was updated in this step"
+                )
+
+    def _return_collected(self) -> None:
+        for name, sums in self.collected.items():
+            self.losses[name]._collected = sums
+        self.collected = {}
+
+    @torch.no_grad()
+    def _note(self, loss: DINOLoss, arguments: tuple[Any, ...], options: dict[str, Any], value: object) -> None:
+        if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+            return
+        given = inspect.signature(loss.forward).bind(*arguments, **options).arguments
+        rows = [as_outputs(given[side]).rows for side in ("teacher_out", "student_out") if side in given]
+        extremes = [torch.stack(side.detach().aminmax()).float() for side in (rows if len(rows) == 2 else [value] * 2)]
+        sums = torch.stack([value.detach().float(), *((0 * extreme).sum() for extreme in extremes)])
+        self.sums = sums if self.sums is None else self.sums + sums
+        if not self.pl_module.automatic_optimization:
+            self.reduce()
+            self.require_finite()
+
+    def _weights_are_finite(self, modules: tuple[str, ...]) -> bool:
+        parameters = [p for name in modules for p in self.pl_module.get_submodule(name).parameters()]
+        return all(bool(parameter.isfinite().all()) for parameter in parameters)
+
+
+class _HostCopy:
+    """A copy of a small tensor (N,) in main memory, made without waiting for the device."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values, self.is_done = values, None
+        if values.device.type == "cuda":
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.is_done = torch.cuda.Event()
+            self.is_done.record()
+
+    def read(self) -> list[float]:
+        """Wait for the copy alone, not for what was queued after it."""
+        if self.is_done is not None:
+            self.is_done.synchronize()
+        values: list[float] = self.values.tolist()
+        return values
+
+
+def explain(outputs: tuple[float, float], weights: tuple[bool, bool], *, center_is_finite: bool) -> str:
+    """For (teacher, student): 0 or NaN for outputs, whether weights are finite -> the cause and the remedy."""
+    names = ("teacher", "student")
+    broken = [name for name, total in zip(names, outputs, strict=True) if not math.isfinite(total)]
+    of_weights = [name for name, is_finite in zip(names, weights, strict=True) if not is_finite]
+    if of_weights:
+        return (
+            f"the weights of the {' and the '.join(of_weights)} contain NaN or inf, so an earlier step was too large: "
+            "lower the learning rate, warm it up for longer or clip gradients, and resume from the last good checkpoint"
+        )
+    if len(broken) == 2:
+        return (
+            "the outputs of teacher and student are not finite while their weights are: images or augmentation "
+            "contain NaN or inf, or the precision overflows (use bf16 instead of fp16)"
+        )
+    if not center_is_finite:
+        return "the center contains NaN or inf: resume from the last good checkpoint"
+    if broken:
+        return (
+            f"the outputs of the {broken[0]} are not finite while its weights and the other side are: check the parts "
+            f"that only the {broken[0]} uses (views, drop path, its own normalisation), or the precision"
+        )
+    return "the outputs of both sides are finite: logits over temperature overflow, use a higher temperature"

@@ -1,0 +1,120 @@
+"""Training and evaluation modes that would silently change the method, when training starts."""
+
+from collections.abc import Iterable, Iterator
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from dino_head.callbacks._checks.layout import Pairs, without_compile
+from dino_head.losses import DINOLoss
+
+Modules = dict[str, nn.Module]
+
+
+def check_modes(pl_module: LightningModule, pairs: Pairs) -> list[str]:
+    """Warnings about the modes of the losses and of the pairs' modules.
+
+    Only modules that act differently in training matter: batch norm, dropout, drop path, random positions.
+
+    Raises:
+        MisconfigurationException: A loss with a center, or all such modules of a student, are in evaluation mode.
+    """
+    still = [
+        name
+        for name, loss in pl_module.named_modules()
+        if isinstance(loss, DINOLoss) and loss.center is not None and loss.center_momentum < 1 and not loss.training
+    ]
+    if still:
+        raise MisconfigurationException(
+            f"{_listed(still)} is in evaluation mode, in which its center is never updated. Lightning keeps the mode "
+            f"that a module has before fit: call model.train(), or {still[0]}.train()"
+        )
+    warnings = []
+    for student, teacher in pairs:
+        norms, random = _act_differently(pl_module.get_submodule(student))
+        warnings += _check_student(pl_module, student, norms | random)
+        warnings += _check_teacher(pl_module, student, teacher)
+    return warnings
+
+
+def _check_student(pl_module: LightningModule, student: str, modules: Modules) -> list[str]:
+    side = pl_module.get_submodule(student)
+    still = {name: module for name, module in modules.items() if not module.training}
+    if not still:
+        return []
+    found = f"{_listed(f'{student}.{name}'.rstrip('.') for name in still)} in evaluation mode"
+    are_frozen_norms = all(
+        isinstance(module, _NormBase) and side.get_submodule(name.rpartition(".")[0]).training and name
+        for name, module in still.items()
+    )
+    if len(still) == len(modules) and not are_frozen_norms:
+        raise MisconfigurationException(
+            f"the student is trained with {found}: with nothing of it in training mode, drop path and dropout do "
+            f"nothing and batch norm does not follow the data. from_pretrained() and model.eval() leave modules in "
+            f"this mode, and Lightning keeps it: call {student}.train()"
+        )
+    return [
+        f"the student is trained with {found}. If batch norm is frozen on purpose, ignore this; otherwise call "
+        f"{student}.train(), as from_pretrained() returns modules in evaluation mode and Lightning keeps the mode"
+    ]
+
+
+def _check_teacher(pl_module: LightningModule, student: str, teacher: str) -> list[str]:
+    norms, random = _act_differently(pl_module.get_submodule(teacher))
+    students = {without_compile(name): module for name, module in pl_module.get_submodule(student).named_modules()}
+    warnings = []
+    still = [
+        name
+        for name, norm in norms.items()
+        if not norm.training and getattr(students.get(without_compile(name)), "training", True)
+    ]
+    if still:
+        warnings.append(
+            f"{_listed(f'{teacher}.{name}'.rstrip('.') for name in still)} of the teacher is batch norm in evaluation "
+            "mode: only parameters are averaged, so its running statistics stay those of the start, and the teacher's "
+            f"features become worse. Call {teacher}.train(), as DINO's authors do, or use layers without batch norm "
+            "(DINOProjectionHead(batch_norm=False))"
+        )
+    noisy = [name for name, module in random.items() if module.training]
+    if noisy:
+        remedy = f"Call {teacher}.eval(), as the authors of DINOv2 do"
+        if norms:
+            remedy = "Call eval() on these modules alone, as the teacher's batch norm has to stay in training mode"
+        warnings.append(
+            f"{_listed(f'{teacher}.{name}'.rstrip('.') for name in noisy)} of the teacher acts randomly in training "
+            f"mode (drop path, dropout or random positions), which makes its targets noisy. {remedy}"
+        )
+    return warnings
+
+
+def _act_differently(side: nn.Module) -> tuple[Modules, Modules]:
+    """Modules that act differently in training mode: norms with running statistics, and modules that draw numbers."""
+    norms = {name: module for name, module in side.named_modules() if _has_statistics(module)}
+    random = {name: module for name, module in side.named_modules() if any(rate > 0 for rate in _rates(module))}
+    return norms, random
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _NormBase) and module.track_running_stats
+
+
+def _rates(module: nn.Module) -> Iterator[float]:
+    """Probabilities of a module's own that apply in training mode alone, whatever library it comes from."""
+    kind = type(module).__name__.lower()
+    is_drop = "drop" in kind or "stochastic" in kind  # nn.Dropout(p), DropPath, StochasticDepth, PatchDropout(prob)
+    for name, value in vars(module).items():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_number and ("drop" in name or (is_drop and name in ("p", "prob"))):
+            yield value
+    if "rope" in kind:  # DINOv3: positions that are shifted, jittered or rescaled at random
+        settings = {**vars(getattr(module, "config", nn.Identity())), **vars(module)}
+        names = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
+        names += ("shift_coords", "jitter_coords", "rescale_coords")
+        yield from (float(settings[name]) for name in names if settings.get(name))
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
