@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from dino_head.vision.files import list_files
+from dino_head.vision.files import select_files
 
 
 def read_volume(path: str, size: int) -> Tensor:
@@ -58,7 +58,7 @@ class VolumeFiles(Dataset[Any]):
     """
 
     def __init__(self, folder: str, size: int) -> None:
-        self.files = [file for file in list_files(folder) if file.lower().endswith((".nii", ".nii.gz"))]
+        self.files = select_files(folder, lambda file: file.lower().endswith((".nii", ".nii.gz")))
         if not self.files:
             raise ValueError(f"{folder} has no NIfTI file, expected a folder with files .nii or .nii.gz")
         self.size = size

@@ -115,6 +115,20 @@ def test_damaged_files_are_replaced_and_listed(tmp_path):
     assert {Path(name).name for name in files.bad_files.names()} == damaged
 
 
+def test_volumes_with_names_that_are_not_utf8_are_read_and_other_files_counted(tmp_path, caplog):
+    (tmp_path / "scans").mkdir()
+    for name in ("a\udce9.nii", "b\udce9.nii.gz"):
+        write_scan(tmp_path / "scans" / name, VALUES["dense"])
+    for name in ("bad\udce9.nii", "c.dcm", "d.DCM", "README"):
+        (tmp_path / "scans" / name).touch()
+    with caplog.at_level("INFO"):
+        data = VolumeData(str(tmp_path / "scans"), 1, size=12)
+    assert caplog.messages == [f"{tmp_path}/scans: 3 of 6 files are used. Not used: 2 .dcm, 1 without extension"]
+    assert data.description.startswith("3 files, ")
+    assert len(fit(data, tmp_path)) == 3
+    assert data.bad_files.names() == [f"{tmp_path}/scans/bad\\udce9.nii"]
+
+
 def test_a_folder_without_volumes_raises(tmp_path):
     with pytest.raises(ValueError, match=r"has no NIfTI file, expected a folder with files \.nii or \.nii\.gz"):
         VolumeData(str(tmp_path))
