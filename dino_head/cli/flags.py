@@ -42,6 +42,14 @@ def _at_least(least: int) -> Callable[[str], int]:
     return parse
 
 
+def _utf8(text: str) -> str:
+    if text.encode("utf-8", "ignore").decode() != text:
+        raise argparse.ArgumentTypeError(
+            f"must be UTF-8 to be saved in config.yaml, got {text!a}: rename the folder, or pass a link to it (ln -s)"
+        )
+    return text
+
+
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
@@ -93,9 +101,9 @@ def _rewrite_stream(steps: int) -> dict[str, Any]:
 
 FLAGS = (
     Flag(
-        "data", "DIR", str, "folder of images or volumes, or a data set's name on the Hub", _to("data.init_args.data")
+        "data", "DIR", _utf8, "folder of images or volumes, or a data set's name on the Hub", _to("data.init_args.data")
     ),
-    Flag("out", "DIR", str, "folder of the run (default: runs/NAME of the recipe)", _to("trainer.default_root_dir")),
+    Flag("out", "DIR", _utf8, "folder of the run (default: runs/NAME of the recipe)", _to("trainer.default_root_dir")),
     Flag("epochs", "N", _at_least(1), "passes over the data", _to("trainer.max_epochs")),
     Flag("batch-size", "N", _at_least(2), "samples per step in each process", _to("data.init_args.batch_size")),
     Flag("workers", "N", _at_least(0), "worker processes that read files", _to("data.init_args.workers")),

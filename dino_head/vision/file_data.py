@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
 
-from dino_head.vision.files import BadFiles
+from dino_head.vision.files import BadFiles, printable
 
 
 class FileData(LightningDataModule):
@@ -33,7 +33,7 @@ class FileData(LightningDataModule):
         """Print the number of unreadable files, if there are any."""
         names = self.bad_files.names()
         if names and self.trainer and self.trainer.is_global_zero:
-            print(f"{len(names)} files could not be read and were skipped: {self.bad_files.file}")
+            print(printable(f"{len(names)} files could not be read and were skipped: {self.bad_files.file}"))
 
     def on_exception(self, exception: BaseException) -> None:
         """Print the number of unreadable files, as Lightning does not call `teardown` after an error."""

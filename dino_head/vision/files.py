@@ -4,7 +4,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,29 @@ def list_files(folder: str) -> list[str]:
     return sorted(found)
 
 
-def fingerprint(files: Sequence[str]) -> str:
+def select_files(folder: str, is_used: Callable[[str], bool]) -> list[str]:
+    """The files below a folder for which `is_used` is true. The others are counted by extension and logged."""
+    from lightning.pytorch.utilities import rank_zero_info  # `read_volume` does not need Lightning
+
+    files = list_files(folder)
+    used = [file for file in files if is_used(file)]
+    if len(used) < len(files):
+        others = Counter(os.path.splitext(file)[1].lower() for file in sorted({*files} - {*used}))
+        counts = [f"{count} {extension or 'without extension'}" for extension, count in others.most_common(6)]
+        more = others.total() - sum(count for _, count in others.most_common(6))
+        counts += [f"{more} with other extensions"] if more else []
+        rank_zero_info(
+            printable(f"{folder}: {len(used)} of {len(files)} files are used. Not used: {', '.join(counts)}")
+        )
+    return used
+
+
+def printable(text: str) -> str:
+    r"""The text with an escape, such as \udce9, for each byte of a file's name that is not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def fingerprint(files: Sequence[str | None]) -> str:
     """The number of files and a hash of their names in order: a resumed run needs the same files in this order."""
     return f"{len(files)} files, {hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]}"
 

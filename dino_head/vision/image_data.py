@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from dino_head.vision import imagenet
 from dino_head.vision.file_data import FileData
-from dino_head.vision.files import ReplaceUnreadable, fingerprint
+from dino_head.vision.files import ReplaceUnreadable, fingerprint, printable
 from dino_head.vision.images import Images, image_paths, open_images
 from dino_head.vision.loaders import ResumableLoader
 from dino_head.vision.streams import ImageStream, StreamLoader
@@ -26,6 +26,7 @@ class ImageData(FileData):
         image_size: Height and width to which images are scaled and cropped before augmentation.
         eval_size: Height and width of the images for the kNN accuracy.
         seed: Seed of the order of the images.
+        background: Colour behind transparent pixels, as in `read_image`.
     """
 
     def __init__(
@@ -36,13 +37,14 @@ class ImageData(FileData):
         image_size: int = 256,
         eval_size: int = 224,
         seed: int = 0,
+        background: str = "white",
     ) -> None:
         super().__init__()
         self.rows = open_images(data)
         labels = self.rows.features.get("label")
         self.has_classes = labels is not None and labels.num_classes > 1
         self.batch_size, self.workers, self.seed = batch_size, workers, seed
-        self.image_size, self.eval_size = image_size, eval_size
+        self.image_size, self.eval_size, self.background = image_size, eval_size, background
         self.description = fingerprint(image_paths(self.rows))
 
     def setup(self, stage: str) -> None:
@@ -52,9 +54,9 @@ class ImageData(FileData):
         train = self.rows.select([i for i in range(len(self.rows)) if i not in held_out])
         test = self.rows.select(sorted(held_out))
         bad = self.bad_files
-        self.train = ReplaceUnreadable(Images(train, self.image_size), bad)
-        self.voters = ReplaceUnreadable(Images(train, self.eval_size, imagenet.normalize), bad)
-        self.held_out = ReplaceUnreadable(Images(test, self.eval_size, imagenet.normalize), bad)
+        self.train = ReplaceUnreadable(Images(train, self.image_size, None, self.background), bad)
+        self.voters = ReplaceUnreadable(Images(train, self.eval_size, imagenet.normalize, self.background), bad)
+        self.held_out = ReplaceUnreadable(Images(test, self.eval_size, imagenet.normalize, self.background), bad)
 
     def train_dataloader(self) -> ResumableLoader:
         """The training images, shuffled in another order in each epoch."""
@@ -82,13 +84,23 @@ class StreamData(FileData):
         workers: Number of worker processes that decode images, at most one for each file of the data set.
         image_size: Height and width to which images are scaled and cropped before augmentation.
         seed: Seed of the order of the images.
+        background: Colour behind transparent pixels, as in `read_image`.
     """
 
-    def __init__(self, data: str, batch_size: int = 64, workers: int = 2, image_size: int = 256, seed: int = 0) -> None:
+    def __init__(
+        self,
+        data: str,
+        batch_size: int = 64,
+        workers: int = 2,
+        image_size: int = 256,
+        seed: int = 0,
+        background: str = "white",
+    ) -> None:
         super().__init__()
         self.rows = open_images(data, streaming=True)
         self.batch_size, self.workers, self.image_size, self.seed = batch_size, workers, image_size, seed
-        self.description = f"a stream from {data}"
+        self.background = background
+        self.description = printable(f"a stream from {data}")
 
     def train_dataloader(self) -> StreamLoader:
         """The images, shuffled in another order in each epoch."""
@@ -99,6 +111,7 @@ class StreamData(FileData):
                 f"a stream has no end, got limit_train_batches={run.limit_train_batches}: set it in the Trainer to the "
                 "number of batches in an epoch"
             )
-        stream = ImageStream(self.rows, self.image_size, self.bad_files, run.global_rank, run.world_size, self.seed)
+        part = (self.bad_files, run.global_rank, run.world_size, self.seed)
+        stream = ImageStream(self.rows, self.image_size, *part, background=self.background)
         options = {"num_workers": self.workers, "pin_memory": torch.cuda.is_available(), "drop_last": True}
         return StreamLoader(stream, self.batch_size, run, **options)

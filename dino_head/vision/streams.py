@@ -7,7 +7,7 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset
 
 from dino_head.vision.files import BadFiles
-from dino_head.vision.images import Images
+from dino_head.vision.images import Images, image_path
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -26,6 +26,7 @@ class ImageStream(IterableDataset[Any]):
         world_size: Number of processes.
         seed: Seed of the order.
         buffer: Number of rows, not decoded, in the shuffle buffer.
+        background: Colour behind transparent pixels, as in `read_image`.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class ImageStream(IterableDataset[Any]):
         world_size: int = 1,
         seed: int = 0,
         buffer: int = 10_000,
+        background: str = "white",
     ) -> None:
         self.rows = split_dataset_by_node(rows, rank, world_size).shuffle(seed=seed, buffer_size=buffer)
-        self.images, self.bad_files = Images(self.rows, size), bad_files
+        self.images, self.bad_files = Images(self.rows, size, background=background), bad_files
 
     def __iter__(self) -> Iterator[Any]:
         """Endless, because processes have shares of unequal length, and would wait for the shortest."""
@@ -49,7 +51,7 @@ class ImageStream(IterableDataset[Any]):
                 try:
                     sample = self.images.sample(row)
                 except Exception as error:  # an unreadable file must not end a run
-                    self.bad_files.add(row["image"]["path"] or "an image without a name", error)
+                    self.bad_files.add(image_path(row) or "an image without a name", error)
                     continue
                 good += 1
                 yield sample

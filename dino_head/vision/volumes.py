@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from dino_head.vision.files import list_files
+from dino_head.vision.files import select_files
 
 
 def read_volume(path: str, size: int) -> Tensor:
     """Read a NIfTI file as float32 (1, size, size, size) with values in [0, 1], in the orientation RAS.
 
     The voxels are scaled so that their 1st percentile becomes 0 and their 99th becomes 1, clipped, and resized by
-    trilinear interpolation. If both percentiles are equal, as in a sparse volume such as a mask, the smallest value
-    becomes 0 and the largest 1. A constant volume becomes 0.
+    trilinear interpolation. If 95% of the voxels have the smallest value, or the largest, as in a sparse volume such as
+    a mask, the smallest value becomes 0 and the largest 1. A constant volume becomes 0.
 
     Args:
         path: Path of the file (.nii, .nii.gz).
@@ -36,8 +36,8 @@ def read_volume(path: str, size: int) -> Tensor:
     image = nibabel.as_closest_canonical(image)  # type: ignore[no-untyped-call]
     voxels = image.get_fdata(dtype=np.float32)
     with np.errstate(invalid="ignore"):  # of infinite voxels; the range below is NaN then
-        low, high = np.percentile(voxels, (1, 99)).tolist()
-    if low == high:
+        low, dark, bright, high = np.percentile(voxels, (1, 5, 95, 99)).tolist()
+    if low == bright or dark == high:
         low, high = float(voxels.min()), float(voxels.max())
     if not high - low <= float(np.finfo(np.float32).max):
         raise ValueError(f"volume with values from {low} to {high}, expected a finite range: replace NaN and infinity")
@@ -58,7 +58,7 @@ class VolumeFiles(Dataset[Any]):
     """
 
     def __init__(self, folder: str, size: int) -> None:
-        self.files = [file for file in list_files(folder) if file.lower().endswith((".nii", ".nii.gz"))]
+        self.files = select_files(folder, lambda file: file.lower().endswith((".nii", ".nii.gz")))
         if not self.files:
             raise ValueError(f"{folder} has no NIfTI file, expected a folder with files .nii or .nii.gz")
         self.size = size

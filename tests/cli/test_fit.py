@@ -331,6 +331,8 @@ def test_a_backbone_that_cannot_take_local_views_raises_before_the_first_step(pl
     (["--config", "digits", "--size", "tiny"], "argument --size tiny: .*'size' is not accepted"),
     (["--config", "images", "--data", "x", "--local-size", "17"], "argument --local-size: must be a multiple of 16"),
     (["--config", "images", "--size", "tiny"], "argument --data: required"),
+    (["--config", "images", "--data", "ni\udcf1o"], "argument --data: must be UTF-8 to be saved in config.yaml"),
+    (["--config", "digits", "--out", "ni\udcf1o"], "argument --out: must be UTF-8 to be saved in config.yaml"),
     (["--config", "digits", "--precision", "fine"], "argument --precision fine: .*trainer.precision"),
     (["--config", "digits", "--epoch", "3"], "unrecognized arguments: --epoch 3"),
     (["--config", "digits", "--trainer.epochs=3"], "unrecognized arguments: --trainer.epochs=3"),

@@ -75,6 +75,12 @@ def test_any_name_is_listed_in_one_line(name, tmp_path):
     assert line.isascii()
 
 
+def test_the_fingerprint_of_a_folder_is_that_of_earlier_versions():
+    """Otherwise a run that an earlier version started could not be resumed."""
+    assert fingerprint(["photos/a/é 1.png", "photos/b/2.jpg"]) == "2 files, c5a92e6f0b55b6e8"
+    assert fingerprint(["photos/caf\udce9.png"]).startswith("1 files, ")
+
+
 def test_a_fingerprint_depends_on_the_files_and_their_order():
     assert fingerprint(["a", "b"]).startswith("2 files, ")
     assert fingerprint(["a", "b"]) == fingerprint(["a", "b"])

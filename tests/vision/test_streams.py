@@ -1,4 +1,5 @@
 import itertools
+import os
 
 import pytest
 import torch
@@ -51,3 +52,15 @@ def test_a_stream_of_bad_files_alone_raises(tmp_path):
         write(tmp_path / name.replace(" ", "_"))
     with pytest.raises(ValueError, match=r"none of 5 images can be decoded: .*bad\.txt"):
         next(iter(ImageStream(open_images(str(tmp_path), streaming=True), 16, BadFiles(tmp_path / "bad.txt"))))
+
+
+def test_a_stream_reads_names_that_are_not_utf8(tmp_path):
+    for name in (b"caf\xe9.png", b"b\xe9d.png"):
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            picture().save(file, "PNG")
+    (tmp_path / "b\udce9d.png").write_text("no image")
+    bad_files = BadFiles(tmp_path.parent / "bad.txt")
+    stream = ImageStream(open_images(str(tmp_path), streaming=True), 16, bad_files, background="black")
+    images, _ = next(iter(DataLoader(stream, batch_size=2, num_workers=1)))
+    assert images.shape == (2, 3, 16, 16)
+    assert bad_files.names() == [f"{tmp_path}/b\\udce9d.png"]

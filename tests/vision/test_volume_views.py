@@ -1,6 +1,9 @@
+import numpy as np
 import pytest
 import torch
+from helpers.scans import write_scan
 
+from dino_head.vision import read_volume
 from dino_head.vision.volume_views import VolumeViews
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -31,3 +34,15 @@ def test_the_side_of_a_crop(local, scale):
     sides = torch.stack([v.amax(dim=(1, 2, 3)) - v.amin(dim=(1, 2, 3)) for v in view])
     assert scale[0] - 0.06 < sides.min() < scale[0] + 0.06
     assert scale[1] - 0.08 < sides.max() <= scale[1]
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.015])
+def test_views_of_sparse_volumes_stay_near_0_and_1(share, tmp_path):
+    values = np.full(24**3, -1000.0)
+    values[np.random.default_rng(0).permutation(24**3)[: round(share * 24**3)]] = 655
+    volume = read_volume(write_scan(tmp_path / "a.nii", values.reshape(24, 24, 24)), 24)
+    torch.manual_seed(0)
+    views = torch.cat([view.flatten() for view in VolumeViews()(volume.expand(16, -1, -1, -1, -1))])
+    assert views.isfinite().all()
+    assert -0.5 < views.min() < views.max() < 1.8  # noise of 0.05, a shift of 0.1 and a factor of 1.3 at most
+    assert views.max() > 0.8 or share == 0

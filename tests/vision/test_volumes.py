@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -64,6 +65,26 @@ def test_a_sparse_volume_is_scaled_from_its_smallest_to_its_largest_value(tmp_pa
     torch.testing.assert_close(volume[0], torch.tensor(SPARSE / 1655, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("share", [0.0001, 0.001, 0.01, 0.015, 0.04])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_sparse_volume_keeps_its_differences(share, sign, tmp_path):
+    """With 1 to 2% of other values, the 99th percentile is one of the smallest of these and would hide all others."""
+    values, count = np.zeros(40**3), max(2, round(share * 40**3))
+    values[np.random.default_rng(0).permutation(40**3)[:count]] = np.linspace(100, 1655, count)
+    volume = read_volume(write_scan(tmp_path / "a.nii", sign * values.reshape(40, 40, 40)), 40)
+    expected = torch.tensor(values.reshape(1, 40, 40, 40) / 1655, dtype=torch.float32)
+    torch.testing.assert_close(volume, expected if sign > 0 else 1 - expected)
+
+
+def test_integers_with_a_slope_are_scaled_like_the_values_that_they_stand_for(tmp_path):
+    values = np.random.default_rng(0).integers(-1024, 2000, (12, 12, 12)).astype(np.int16)
+    image = nibabel.Nifti1Image(values, np.eye(4))
+    image.header.set_slope_inter(2.5, -10)
+    nibabel.save(image, tmp_path / "slope.nii")
+    expected = read_volume(write_scan(tmp_path / "a.nii", values), 12)
+    torch.testing.assert_close(read_volume(str(tmp_path / "slope.nii"), 12), expected)
+
+
 def test_a_constant_volume_becomes_0(tmp_path):
     assert read_volume(write_scan(tmp_path / "a.nii", VALUES["constant"]), 12).eq(0).all()
 
@@ -92,6 +113,20 @@ def test_damaged_files_are_replaced_and_listed(tmp_path):
     volumes = torch.stack([*DataLoader(files, batch_size=None)])
     assert volumes.shape == (9, 1, 12, 12, 12)
     assert {Path(name).name for name in files.bad_files.names()} == damaged
+
+
+def test_volumes_with_names_that_are_not_utf8_are_read_and_other_files_counted(tmp_path, caplog):
+    (tmp_path / "scans").mkdir()
+    for name in ("a\udce9.nii", "b\udce9.nii.gz"):
+        write_scan(tmp_path / "scans" / name, VALUES["dense"])
+    for name in ("bad\udce9.nii", "c.dcm", "d.DCM", "README"):
+        (tmp_path / "scans" / name).touch()
+    with caplog.at_level("INFO"):
+        data = VolumeData(str(tmp_path / "scans"), 1, size=12)
+    assert caplog.messages == [f"{tmp_path}/scans: 3 of 6 files are used. Not used: 2 .dcm, 1 without extension"]
+    assert data.description.startswith("3 files, ")
+    assert len(fit(data, tmp_path)) == 3
+    assert data.bad_files.names() == [f"{tmp_path}/scans/bad\\udce9.nii"]
 
 
 def test_a_folder_without_volumes_raises(tmp_path):
