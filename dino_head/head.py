@@ -3,8 +3,8 @@
 Sizes: D bottleneck width, K prototypes; `...` is any number of leading dimensions.
 """
 
-from collections.abc import Sequence
-from typing import Literal, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -205,3 +205,59 @@ class DINOProjectionHead(ProjectionHead):
         """
         if current_epoch < self.freeze_last_layer:
             cancel_gradients(self.last_layer.parameters())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = self.state_dict()
+        given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        if any(key in own and value.shape != own[key].shape for key, value in given.items()):
+            error_msgs: list[str] = args[-1]
+            error_msgs.extend(_unlike_options(own, given))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def options_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of DINOProjectionHead, inferred from the keys and shapes of a state dict.
+
+    `norm_last_layer` is None without weight norm, and else True, because only the values of the norms could tell.
+
+    Raises:
+        ValueError: The MLP or the last layer has no matrix.
+    """
+    matrices = {
+        int(key.split(".")[1]): tensor
+        for key, tensor in tensors.items()
+        if key.startswith("layers.") and key.endswith(".weight") and tensor.ndim == 2
+    }
+    prototypes = tensors.get("last_layer.weight_v", tensors.get("last_layer.weight"))
+    if not matrices:
+        raise ValueError("the MLP has no matrix, expected the weights of Linear layers")
+    if prototypes is None or prototypes.ndim != 2:
+        raise ValueError("the last layer has no matrix, expected prototypes of shape (K, D)")
+    first, last = matrices[min(matrices)], matrices[max(matrices)]
+    biases = {f"layers.{index}.bias" in tensors for index in matrices}
+    return {
+        "input_dim": first.shape[1],
+        "hidden_dim": first.shape[0],
+        "bottleneck_dim": last.shape[0],
+        "output_dim": prototypes.shape[0],
+        "batch_norm": any(key.endswith(".running_mean") for key in tensors),
+        "norm_last_layer": True if "last_layer.weight_g" in tensors else None,
+        "num_layers": len(matrices),
+        "bias": biases.pop() if len(biases) == 1 else None,
+    }
+
+
+def _unlike_options(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """An error message if state dicts of this and another head differ in options, or none."""
+    try:
+        expected, found = options_of(own), options_of(given)
+    except ValueError:  # not a complete head: PyTorch lists the keys
+        return []
+    names = [name for name in found if found[name] != expected[name]]
+    if not names:
+        return []
+    here, there = (", ".join(f"{name}={options[name]}" for name in names) for options in (expected, found))
+    return [
+        f"the state dict is of a head with {there}, this one has {here}: set these options of DINOProjectionHead, or "
+        "load the head with dino_head.checkpoints.load_head, which makes one that fits"
+    ]

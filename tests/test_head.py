@@ -141,8 +141,39 @@ def test_initialisation():
 @pytest.mark.parametrize(("norm_last_layer", "trainable"), [(True, False), (False, True)])
 def test_norm_last_layer_decides_whether_the_scale_is_trained(norm_last_layer, trainable):
     layer = DINOProjectionHead(8, 8, 4, 16, norm_last_layer=norm_last_layer).last_layer
-    assert layer.weight_g.requires_grad is trainable
+    assert isinstance(layer.weight_g, nn.Parameter) is layer.weight_g.requires_grad is trainable
     assert torch.equal(layer.weight_g, torch.ones(16, 1))
+
+
+@pytest.mark.parametrize("prefix", ["", "student.head."])
+@pytest.mark.parametrize(("options", "message"), [
+    ({"output_dim": 32}, "a head with output_dim=32, this one has output_dim=16: set these options of"),
+    ({"input_dim": 9}, "a head with input_dim=9, this one has input_dim=8: set"),
+    ({"batch_norm": False}, "batch_norm=False, bias=True, this one has batch_norm=True, bias=None"),
+])  # fmt: skip
+def test_a_state_of_other_sizes_names_the_options_to_set(options, message, prefix):
+    sizes = {"input_dim": 8, "hidden_dim": 8, "bottleneck_dim": 4, "output_dim": 16}
+    head, other = DINOProjectionHead(**sizes), DINOProjectionHead(**{**sizes, **options})
+    module = nn.ModuleDict({"student": nn.ModuleDict({"head": head})}) if prefix else head
+    with pytest.raises(RuntimeError, match=f"(?s)state dict is of .*{message}"):
+        module.load_state_dict(other.state_dict(prefix=prefix))
+
+
+@pytest.mark.parametrize(("own", "loaded", "message"), [
+    (True, None, r'"last_layer.weight: a plain last layer, set norm_last_layer=None, or convert .*load_head'),
+    (None, False, r'"last_layer.weight_v: of weight norm, set norm_last_layer=True or False, or convert'),
+])  # fmt: skip
+def test_a_state_with_another_last_layer_names_the_option_to_set(own, loaded, message):
+    head, other = (DINOProjectionHead(8, 8, 4, 16, norm_last_layer=norm) for norm in (own, loaded))
+    with pytest.raises(RuntimeError, match=message):
+        head.load_state_dict(other.state_dict())
+    keys = {name for name in other.state_dict() if name.startswith("last_layer")}
+    assert {*head.load_state_dict(other.state_dict(), strict=False).unexpected_keys} == keys
+
+
+def test_an_empty_state_is_refused_by_pytorch():
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "layers.0.weight"'):
+        DINOProjectionHead(8, 8, 4, 16).load_state_dict({})
 
 
 def test_the_keys_are_those_of_the_lightning_libraries():
