@@ -64,7 +64,7 @@ def teacher_temperature(epoch: int | None, warmup_start: float, final: float, wa
     [0.04, 0.05, 0.06, 0.07, 0.07, 0.07]
     """
     if epoch is not None:
-        check_integer("epoch", epoch, 0)
+        check_integer("epoch", epoch, 0, " (such as self.current_epoch)")
     if epoch is None or epoch >= warmup_epochs:
         return float(final)
     return warmup_start + (final - warmup_start) * epoch / max(warmup_epochs - 1, 1)

@@ -325,6 +325,21 @@ def test_arguments_out_of_range(options, message):
     ("x", "message"),
     [
         (torch.randn(4, 7), r"width 8 \(input_dim\), got shape \(4, 7\): set input_dim=7"),
+        (torch.randn(4, 5, 7), r"got shape \(4, 5, 7\): set input_dim=7"),
+        (torch.randn(4, 8, 7, 7), r"8 channels in dimension -3, pass their mean, x.flatten\(-2\).mean\(dim=-1\)"),
+        (torch.randn(2, 4, 8, 7, 7), r"8 channels in dimension -3, pass their mean, x.flatten\(-2\).mean\(dim=-1\)"),
+        (torch.randn(4, 8, 5, 7, 7), r"8 channels in dimension -4, pass their mean, x.flatten\(-3\).mean\(dim=-1\)"),
+        (torch.randn(4, 8, 5), r"8 channels in dimension -2, pass their mean, x.flatten\(-1\).mean\(dim=-1\)"),
+        (
+            torch.randn(4, 6, 7, 7),
+            r"maps.flatten\(2\).mean\(dim=2\), and set input_dim=6; if .* tokens, set input_dim=7",
+        ),
+        (
+            (torch.randn(4, 8), None),
+            r"tensor of features \(..., 8\), got a tuple of \[\(4, 8\), 'NoneType'\]: wrap the",
+        ),
+        ([torch.randn(4, 8)] * 2, r"got a list of \[\(4, 8\), \(4, 8\)\]: .* torch.stack\(features\)"),
+        ({"x": torch.randn(4, 8)}, "got a dict with the keys 'x': wrap the backbone in dino_head.vision.Features"),
         (torch.tensor(1.0), r"width 8 \(input_dim\), got shape \(\)"),
         (torch.ones(4, 8, dtype=torch.long), r"floating-point features, got torch.int64: convert"),
         (torch.randn(1, 8), r"at least 2 samples, got shape \(1, 8\)"),
@@ -334,6 +349,27 @@ def test_arguments_out_of_range(options, message):
 def test_inputs_that_do_not_fit(x, message):
     with pytest.raises(ValueError, match=message):
         DINOProjectionHead(8, 8, 4, 16)(x)
+
+
+def test_the_means_that_the_errors_advise_are_features():
+    maps = torch.randn(4, 8, 7, 7)
+    head = DINOProjectionHead(8, 8, 4, 16).eval()
+    torch.testing.assert_close(head(maps.flatten(-2).mean(dim=-1)), head(maps.mean(dim=(2, 3))))
+    torch.testing.assert_close(maps.flatten(2).mean(dim=2), maps.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("arguments", [(64, 65536), (64, 16384, 256, 4096)])
+def test_the_authors_order_of_arguments_is_refused_before_memory_is_allocated(arguments, monkeypatch):
+    monkeypatch.setattr(nn, "Linear", lambda *args, **options: pytest.fail("allocated"))
+    options = rf"DINOProjectionHead\(64, output_dim={arguments[1]}\), as the order by position is input_dim, hidden_dim"
+    with pytest.raises(ValueError, match=options):
+        DINOProjectionHead(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [(64, 16383), (64, 16384, 256, 16384), (64, 2048, 256, 65536)])
+def test_wide_heads_are_allowed(arguments):
+    with torch.device("meta"):
+        assert DINOProjectionHead(*arguments).last_layer.weight.shape[0] == (arguments[3:] or (4096,))[0]
 
 
 def test_projection_head_is_its_blocks():

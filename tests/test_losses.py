@@ -279,8 +279,14 @@ def test_arguments_out_of_range(options, message):
 
 
 def test_an_epoch_is_not_negative():
-    with pytest.raises(ValueError, match="epoch must be an integer >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"epoch must be an integer >= 0 \(such as self.current_epoch\), got -1"):
         DINOLoss(16)(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16), epoch=-1)
+
+
+@pytest.mark.parametrize("epoch", [torch.tensor(3), 0.04])
+def test_an_epoch_is_an_integer(epoch):
+    with pytest.raises(ValueError, match=r"epoch must be an integer >= 0 .* got "):
+        DINOLoss(16)(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16), epoch)
 
 
 def test_a_temperature_by_step_is_checked():
