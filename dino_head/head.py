@@ -3,8 +3,8 @@
 Sizes: D bottleneck width, K prototypes; `...` is any number of leading dimensions.
 """
 
-from collections.abc import Sequence
-from typing import Literal, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_head._arguments import check_integer
+from dino_head._pooling import MAPS, how_to_pool
 from dino_head.prototypes import FactoredLogits, LinearPrototypes, WeightNormPrototypes, cancel_gradients
 
+SUSPICIOUS_HIDDEN_DIM = 16_384  # the largest published heads have 8192 hidden units
 Block = tuple[int, int, nn.Module | None, nn.Module | None]
 
 
@@ -67,15 +69,18 @@ class ProjectionHead(nn.Module):
         y: Tensor = self.layers(x.reshape(-1, self.input_dim))
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: object) -> None:
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"head expects a tensor of features (..., {self.input_dim}), got {how_to_pool(x)}; features of several "
+                "views go through the head together, torch.stack(features)"
+            )
         shape = tuple(x.shape)
         if not x.is_floating_point():
             raise ValueError(f"head expects floating-point features, got {x.dtype}: convert with x.float()")
         if x.dim() == 0 or shape[-1] != self.input_dim:
-            remedy = f"set input_dim={shape[-1]}" if shape else "pass features of shape (..., input_dim)"
             raise ValueError(
-                f"head expects inputs of width {self.input_dim} (input_dim), got shape {shape}: "
-                f"{remedy} or use another backbone"
+                f"head expects inputs of width {self.input_dim} (input_dim), got shape {shape}: {self._remedy(shape)}"
             )
         if x.numel() < 2 * self.input_dim and any(
             isinstance(layer, _BatchNorm) and layer.training for layer in self.layers
@@ -84,6 +89,23 @@ class ProjectionHead(nn.Module):
                 f"batch norm in training mode needs at least 2 samples, got shape {shape}: use a larger batch "
                 "(drop_last=True avoids a small last one), batch_norm=False, or eval()"
             )
+
+    def _remedy(self, shape: tuple[int, ...]) -> str:
+        """What to do with inputs of a wrong width."""
+        if not shape:
+            return "pass features of shape (..., input_dim)"
+        for trailing in range(1, len(shape) - 1):
+            if shape[-1 - trailing] == self.input_dim:
+                return (
+                    f"if these are feature maps with {self.input_dim} channels in dimension {-1 - trailing}, pass "
+                    f"their mean, x.flatten({-trailing}).mean(dim=-1)"
+                )
+        if len(shape) > 3:
+            return (
+                f"if these are feature maps (B, D, H, W), pass their mean, {MAPS}, and set input_dim={shape[-3]}; if "
+                f"these are tokens, set input_dim={shape[-1]}"
+            )
+        return f"set input_dim={shape[-1]} or use another backbone"
 
 
 class DINOProjectionHead(ProjectionHead):
@@ -109,7 +131,8 @@ class DINOProjectionHead(ProjectionHead):
         bias: Whether Linear layers have a bias. By default, only those without batch norm after them have one.
 
     Raises:
-        ValueError: A size or `num_layers` that is not a positive integer, or `freeze_last_layer` < -1.
+        ValueError: A size or `num_layers` that is not a positive integer, `freeze_last_layer` < -1, or a `hidden_dim`
+            of at least 16,384 that is larger than `output_dim` (the authors' order of arguments is in, out).
 
     >>> head = DINOProjectionHead(384, 512, 64, 4096, batch_norm=False)
     >>> head(torch.randn(2, 10, 384)).shape
@@ -142,6 +165,12 @@ class DINOProjectionHead(ProjectionHead):
         for name, size in sizes.items():
             check_integer(name, size, 1)
         check_integer("freeze_last_layer", freeze_last_layer, -1, " (epochs; -1 and 0 freeze nothing)")
+        if hidden_dim >= SUSPICIOUS_HIDDEN_DIM and hidden_dim > output_dim:
+            raise ValueError(
+                f"hidden_dim={hidden_dim} is larger than output_dim={output_dim}: for {hidden_dim} prototypes, use "
+                f"DINOProjectionHead({input_dim}, output_dim={hidden_dim}), as the order by position is input_dim, "
+                "hidden_dim, bottleneck_dim, output_dim"
+            )
         widths = [input_dim] + [hidden_dim] * (num_layers - 1)
         hidden: list[Block] = [
             (width, hidden_dim, nn.BatchNorm1d(hidden_dim) if batch_norm else None, nn.GELU()) for width in widths[:-1]
@@ -205,3 +234,59 @@ class DINOProjectionHead(ProjectionHead):
         """
         if current_epoch < self.freeze_last_layer:
             cancel_gradients(self.last_layer.parameters())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        own = self.state_dict()
+        given = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        if any(key in own and value.shape != own[key].shape for key, value in given.items()):
+            error_msgs: list[str] = args[-1]
+            error_msgs.extend(_unlike_options(own, given))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def options_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of DINOProjectionHead, inferred from the keys and shapes of a state dict.
+
+    `norm_last_layer` is None without weight norm, and else True, because only the values of the norms could tell.
+
+    Raises:
+        ValueError: The MLP or the last layer has no matrix.
+    """
+    matrices = {
+        int(key.split(".")[1]): tensor
+        for key, tensor in tensors.items()
+        if key.startswith("layers.") and key.endswith(".weight") and tensor.ndim == 2
+    }
+    prototypes = tensors.get("last_layer.weight_v", tensors.get("last_layer.weight"))
+    if not matrices:
+        raise ValueError("the MLP has no matrix, expected the weights of Linear layers")
+    if prototypes is None or prototypes.ndim != 2:
+        raise ValueError("the last layer has no matrix, expected prototypes of shape (K, D)")
+    first, last = matrices[min(matrices)], matrices[max(matrices)]
+    biases = {f"layers.{index}.bias" in tensors for index in matrices}
+    return {
+        "input_dim": first.shape[1],
+        "hidden_dim": first.shape[0],
+        "bottleneck_dim": last.shape[0],
+        "output_dim": prototypes.shape[0],
+        "batch_norm": any(key.endswith(".running_mean") for key in tensors),
+        "norm_last_layer": True if "last_layer.weight_g" in tensors else None,
+        "num_layers": len(matrices),
+        "bias": biases.pop() if len(biases) == 1 else None,
+    }
+
+
+def _unlike_options(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """An error message if state dicts of this and another head differ in options, or none."""
+    try:
+        expected, found = options_of(own), options_of(given)
+    except ValueError:  # not a complete head: PyTorch lists the keys
+        return []
+    names = [name for name in found if found[name] != expected[name]]
+    if not names:
+        return []
+    here, there = (", ".join(f"{name}={options[name]}" for name in names) for options in (expected, found))
+    return [
+        f"the state dict is of a head with {there}, this one has {here}: set these options of DINOProjectionHead, or "
+        "load the head with dino_head.checkpoints.load_head, which makes one that fits"
+    ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dino_head._arguments import check_integer, check_number
+from dino_head._keys import add_remedy
 from dino_head.functional import dino_loss, sinkhorn_center
 from dino_head.functional._outputs import Logits, Outputs, as_outputs
 from dino_head.schedules import teacher_temperature
@@ -85,9 +86,9 @@ class DINOLoss(nn.Module):
         self.warmup_teacher_temp_epochs = warmup_teacher_temp_epochs
         self.student_temp = student_temp
         self.center_momentum = center_momentum
-        self.centering = centering
         has_center = centering == "mean"
-        self.register_buffer("center", torch.zeros(1, 1, output_dim) if has_center else None)
+        center = torch.zeros(1, 1, output_dim, dtype=torch.float32)  # whatever the default type
+        self.register_buffer("center", center if has_center else None)
         # (K + 1,): the sum of logits, then their number, so that one reduction covers both. It is not a buffer,
         # because DDP would overwrite it with the one of the first process.
         self._collected: Tensor | None = None
@@ -122,6 +123,11 @@ class DINOLoss(nn.Module):
             if not self.defer_center_update:
                 self.apply_center_update()
         return loss
+
+    @property
+    def centering(self) -> str:
+        """Centering of the teacher, "mean" or "sinkhorn"; it is fixed when the loss is made."""
+        return "sinkhorn" if self.center is None else "mean"
 
     def temperature(self, epoch: int | None = None) -> float:
         """Temperature of the teacher in an epoch; None for the final one."""
@@ -169,10 +175,30 @@ class DINOLoss(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Other libraries keep the center as (K,) or (1, K).
-        center = state_dict.get(prefix + "center")
-        if center is not None and self.center is not None and center.numel() == self.output_dim:
-            state_dict[prefix + "center"] = center.float().reshape(1, 1, -1)
+        key = prefix + "center"
+        center = state_dict.get(key)
+        missing_keys, unexpected_keys, error_msgs = args[-3:]
+        if center is not None and self.center is not None:
+            if center.numel() == self.output_dim:
+                state_dict[key] = center.float().reshape(1, 1, -1)
+            else:
+                error_msgs.append(
+                    f"{key} is of {center.numel()} prototypes, and this DINOLoss has output_dim={self.output_dim}: set "
+                    "the output_dim of the head whose weights are loaded"
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        add_remedy(
+            missing_keys,
+            key,
+            'the state dict is of a loss without center, set DINOLoss(centering="sinkhorn"), or start with a center of '
+            "0 by strict=False (of a LightningModule, strict_loading = False)",
+        )
+        add_remedy(
+            unexpected_keys,
+            key,
+            'the state dict is of a loss with a center, set DINOLoss(centering="mean"), or drop the center by '
+            "strict=False (of a LightningModule, strict_loading = False)",
+        )
 
 
 def _has_processes() -> bool:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from dino_head._pooling import how_to_pool
+
 
 def multicrop_forward(module: Callable[[Tensor], Tensor], views: Sequence[Tensor]) -> Tensor:
     """Run `module` once for each resolution among the views.
@@ -23,14 +25,24 @@ def multicrop_forward(module: Callable[[Tensor], Tensor], views: Sequence[Tensor
         Outputs (V, B, D) in the order of the views.
 
     Raises:
-        ValueError: No view, or views with different numbers of samples.
+        ValueError: A single tensor or other values in place of a list of tensors, views with different numbers of
+            samples, or outputs of `module` that are not tensors, one row for each input and of one shape for all sizes.
 
     >>> views = [torch.ones(4, 3, 16, 16), torch.ones(4, 3, 8, 8), torch.ones(4, 3, 16, 16)]
     >>> multicrop_forward(lambda x: x.mean(dim=(2, 3)), views).shape
     torch.Size([3, 4, 3])
     """
+    if isinstance(views, Tensor):
+        raise ValueError(
+            f"views must be a list of V tensors (B, C, H, W), got a single tensor of shape {tuple(views.shape)}: pass "
+            "[view_1, view_2, ...], or views.unbind() if its first dimension is the V views"
+        )
     if not views:
         raise ValueError("views must contain at least one tensor (B, C, H, W), got an empty sequence")
+    if not all(isinstance(view, Tensor) and view.ndim for view in views):
+        raise ValueError(
+            f"views must be tensors (B, C, H, W), got {[type(view).__name__ for view in views]}: pass only the views"
+        )
     if len({len(view) for view in views}) > 1:
         shapes = [tuple(view.shape) for view in views]
         raise ValueError(f"every view must contain the same B samples, got shapes {shapes}")
@@ -39,6 +51,20 @@ def multicrop_forward(module: Callable[[Tensor], Tensor], views: Sequence[Tensor
         groups.setdefault(view.shape[1:], []).append(index)
     outputs: dict[int, Tensor] = {}
     for indices in groups.values():
-        batch = module(torch.cat([views[index] for index in indices]))  # (len(indices) * B, D)
+        inputs = torch.cat([views[index] for index in indices])
+        batch = module(inputs)  # (len(indices) * B, D)
+        if not isinstance(batch, Tensor):
+            raise ValueError(f"the module must return a tensor of features (N, D), got {how_to_pool(batch)}")
+        if not batch.ndim or len(batch) != len(inputs):
+            raise ValueError(
+                f"the module must return features (N, D) for N = {len(inputs)} inputs, got shape {tuple(batch.shape)}: "
+                "keep the samples as its first dimension"
+            )
         outputs.update(zip(indices, batch.chunk(len(indices)), strict=True))
+    output_shapes = list(dict.fromkeys(tuple(outputs[index].shape) for index in range(len(views))))
+    if len(output_shapes) > 1:
+        raise ValueError(
+            f"the module must return features of one shape for views of all sizes, got {output_shapes}, "
+            f"which are {how_to_pool(outputs[0])}"
+        )
     return torch.stack([outputs[index] for index in range(len(views))])  # (V, B, D)

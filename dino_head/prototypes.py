@@ -4,11 +4,13 @@ Sizes: D bottleneck width, K prototypes.
 """
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dino_head._keys import add_remedy
 
 
 class FactoredLogits(NamedTuple):
@@ -62,6 +64,13 @@ class Prototypes(nn.Module):
         """The weight as a new tensor, because fully_shard frees the parameters' memory after forward."""
         raise NotImplementedError
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected_keys: list[str] = args[-2]
+        remedy = "or convert the weights with dino_head.checkpoints.load_head(..., head=head)"
+        add_remedy(unexpected_keys, f"{prefix}weight", f"a plain last layer, set norm_last_layer=None, {remedy}")
+        add_remedy(unexpected_keys, f"{prefix}weight_v", f"of weight norm, set norm_last_layer=True or False, {remedy}")
+
 
 class WeightNormPrototypes(Prototypes):
     """K weight-normalised prototypes: w_k = g_k v_k / ||v_k||.
@@ -70,15 +79,24 @@ class WeightNormPrototypes(Prototypes):
     `torch.nn.utils.weight_norm`. The effective `weight` is computed at each use, so that the module can be copied,
     pickled and compiled after use.
 
+    Fixed norms are a buffer of ones, so `requires_grad_(True)` does not make them trainable. A state dict with other
+    norms is an error.
+
     Args:
         bottleneck_dim: Width D of the bottleneck.
         output_dim: Number K of prototypes.
-        trainable_norm: Whether the norms are trained; otherwise they stay 1 (`weight_g` requires no gradient).
+        trainable_norm: Whether the norms are trained; otherwise they stay 1.
     """
+
+    weight_g: Tensor
 
     def __init__(self, bottleneck_dim: int, output_dim: int, *, trainable_norm: bool = False) -> None:
         super().__init__()
-        self.weight_g = nn.Parameter(torch.empty(output_dim, 1), requires_grad=trainable_norm)
+        self.trainable_norm = trainable_norm
+        if trainable_norm:
+            self.weight_g = nn.Parameter(torch.empty(output_dim, 1))
+        else:
+            self.register_buffer("weight_g", torch.empty(output_dim, 1))
         self.weight_v = nn.Parameter(torch.empty(output_dim, bottleneck_dim))
         self.reset_parameters()
 
@@ -91,15 +109,29 @@ class WeightNormPrototypes(Prototypes):
     @property
     def weight(self) -> Tensor:
         """The effective prototypes, shape (K, D)."""
-        return weight_norm(self.weight_v, self.weight_g)
+        # Fixed norms are new ones, not the buffer: DDP writes to buffers before each forward, after which autograd
+        # refuses the backward of an earlier one, and fully_shard does not shard them with `weight_v`.
+        norms = self.weight_g if self.trainable_norm else torch.ones_like(self.weight_v[:, :1])
+        return weight_norm(self.weight_v, norms)
 
     def _prototypes(self) -> Tensor:
         return self.weight
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        norms = state_dict.get(prefix + "weight_g")
+        if not self.trainable_norm and isinstance(norms, Tensor) and not norms.is_meta and bool((norms != 1).any()):
+            error_msgs: list[str] = args[-1]
+            error_msgs.append(
+                f"{prefix}weight_g has norms from {norms.min():.6g} to {norms.max():.6g}, but norm_last_layer=True "
+                "fixes them to 1: use DINOProjectionHead(norm_last_layer=False), which keeps the norms and trains them"
+            )
+            state_dict[prefix + "weight_g"] = torch.ones_like(norms)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         """Sizes, for `print(module)`."""
         output_dim, bottleneck_dim = self.weight_v.shape
-        return f"{bottleneck_dim=}, {output_dim=}, trainable_norm={self.weight_g.requires_grad}"
+        return f"{bottleneck_dim=}, {output_dim=}, trainable_norm={self.trainable_norm}"
 
 
 class LinearPrototypes(Prototypes):

@@ -29,9 +29,19 @@ def cosine_schedule(
         warmup_steps: Number w of optimizer steps of the warm-up, the last of which has the value `start`.
         warmup_start: Value at step 0 of the warm-up.
 
+    Raises:
+        ValueError: A negative step, or a warm-up that is negative or longer than the schedule.
+
     >>> [round(cosine_schedule(step, 0.996, 1.0, 4), 4) for step in range(6)]
     [0.996, 0.9966, 0.998, 0.9994, 1.0, 1.0]
     """
+    if step < 0:
+        raise ValueError(f"step must be the number of optimizer steps taken so far, at least 0, got {step}")
+    if not 0 <= warmup_steps <= total_steps:
+        raise ValueError(
+            f"the warm-up must fit into the schedule, got warmup_steps={warmup_steps} and total_steps={total_steps}: "
+            "shorten the warm-up, or train for longer"
+        )
     if step < warmup_steps:
         return warmup_start + (start - warmup_start) * step / max(warmup_steps - 1, 1)
     if step >= total_steps:
@@ -54,7 +64,7 @@ def teacher_temperature(epoch: int | None, warmup_start: float, final: float, wa
     [0.04, 0.05, 0.06, 0.07, 0.07, 0.07]
     """
     if epoch is not None:
-        check_integer("epoch", epoch, 0)
+        check_integer("epoch", epoch, 0, " (such as self.current_epoch)")
     if epoch is None or epoch >= warmup_epochs:
         return float(final)
     return warmup_start + (final - warmup_start) * epoch / max(warmup_epochs - 1, 1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
@@ -38,7 +39,8 @@ class DINO(LightningModule):
         global_views: Number T of global views; they are the first views, and the teacher sees no others.
         learning_rate: Learning rate after the warm-up, from which it falls along a cosine.
         min_learning_rate: Learning rate at the end of the run.
-        warmup_epochs: Number of epochs in which the learning rate rises linearly.
+        warmup_epochs: Number of epochs in which the learning rate rises linearly. In a run of fewer epochs, it rises in
+            the first tenth of the run instead, with a warning.
         weight_decay: Weight decay of matrices; biases, norms and scales have none.
         clip_per_parameter: Maximum norm of each parameter's gradient (3.0 in the authors' code); by default, only the
             Trainer's gradient_clip_val clips.
@@ -63,13 +65,9 @@ class DINO(LightningModule):
         super().__init__()
         self.student = nn.ModuleDict({"backbone": backbone, "head": head})
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.loss = loss
-        self.augment = augment
-        self.global_views = global_views
-        self.learning_rate, self.min_learning_rate = learning_rate, min_learning_rate
-        self.warmup_epochs, self.weight_decay = warmup_epochs, weight_decay
-        self.clip_per_parameter = clip_per_parameter
-        self.seed = seed
+        self.loss, self.augment, self.global_views = loss, augment, global_views
+        self.learning_rate, self.min_learning_rate, self.weight_decay = learning_rate, min_learning_rate, weight_decay
+        self.warmup_epochs, self.clip_per_parameter, self.seed = warmup_epochs, clip_per_parameter, seed
 
     def images(self, batch: Any) -> Tensor:
         """The images (B, C, H, W) of a batch: the first item of a tuple. Override it for batches of another form."""
@@ -80,7 +78,7 @@ class DINO(LightningModule):
         """A batch -> V views (B, C, H', W'), the global ones first; seed, process, epoch and batch determine them."""
         torch.manual_seed(derived_seed(self.seed, self.global_rank, self.current_epoch, batch_idx))
         with torch.autocast(self.device.type, enabled=False):
-            return self.augment(self.images(batch))
+            return [view.to(self.dtype) for view in self.augment(self.images(batch))]
 
     def outputs(self, side: nn.ModuleDict, views: list[Tensor]) -> FactoredLogits:
         """Views (B, C, H, W) -> z (V, B, bottleneck) and prototypes (K, bottleneck), the factors of the logits."""
@@ -95,6 +93,7 @@ class DINO(LightningModule):
         with torch.no_grad():
             teacher = self.outputs(self.teacher, views[: self.global_views])
         loss: Tensor = self.loss(teacher, student, self.current_epoch)  # -sum_k p_t log q_s, mean over t != s and B
+        # The mean over an epoch; `dino/loss` of CollapseMonitorCallback is of single batches.
         self.log("loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=views[0].shape[0])
         return loss
 
@@ -121,6 +120,9 @@ class DINO(LightningModule):
         if step == 0:  # called before the data are loaded: counting them here would break resuming the loader
             return float(self.warmup_epochs == 0)
         run = self.trainer
+        total, end = int(run.estimated_stepping_batches), self.min_learning_rate / self.learning_rate
         warmup = self.warmup_epochs * math.ceil(run.num_training_batches / run.accumulate_grad_batches)
-        end = self.min_learning_rate / self.learning_rate
-        return cosine_schedule(step, 1.0, end, int(run.estimated_stepping_batches), warmup_steps=warmup)
+        if warmup > total:
+            rank_zero_warn(f"warmup_epochs={self.warmup_epochs} is longer than the run: warming up in its first tenth")
+            warmup = total // 10
+        return cosine_schedule(step, 1.0, end, total, warmup_steps=warmup)

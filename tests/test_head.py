@@ -141,8 +141,39 @@ def test_initialisation():
 @pytest.mark.parametrize(("norm_last_layer", "trainable"), [(True, False), (False, True)])
 def test_norm_last_layer_decides_whether_the_scale_is_trained(norm_last_layer, trainable):
     layer = DINOProjectionHead(8, 8, 4, 16, norm_last_layer=norm_last_layer).last_layer
-    assert layer.weight_g.requires_grad is trainable
+    assert isinstance(layer.weight_g, nn.Parameter) is layer.weight_g.requires_grad is trainable
     assert torch.equal(layer.weight_g, torch.ones(16, 1))
+
+
+@pytest.mark.parametrize("prefix", ["", "student.head."])
+@pytest.mark.parametrize(("options", "message"), [
+    ({"output_dim": 32}, "a head with output_dim=32, this one has output_dim=16: set these options of"),
+    ({"input_dim": 9}, "a head with input_dim=9, this one has input_dim=8: set"),
+    ({"batch_norm": False}, "batch_norm=False, bias=True, this one has batch_norm=True, bias=None"),
+])  # fmt: skip
+def test_a_state_of_other_sizes_names_the_options_to_set(options, message, prefix):
+    sizes = {"input_dim": 8, "hidden_dim": 8, "bottleneck_dim": 4, "output_dim": 16}
+    head, other = DINOProjectionHead(**sizes), DINOProjectionHead(**{**sizes, **options})
+    module = nn.ModuleDict({"student": nn.ModuleDict({"head": head})}) if prefix else head
+    with pytest.raises(RuntimeError, match=f"(?s)state dict is of .*{message}"):
+        module.load_state_dict(other.state_dict(prefix=prefix))
+
+
+@pytest.mark.parametrize(("own", "loaded", "message"), [
+    (True, None, r'"last_layer.weight: a plain last layer, set norm_last_layer=None, or convert .*load_head'),
+    (None, False, r'"last_layer.weight_v: of weight norm, set norm_last_layer=True or False, or convert'),
+])  # fmt: skip
+def test_a_state_with_another_last_layer_names_the_option_to_set(own, loaded, message):
+    head, other = (DINOProjectionHead(8, 8, 4, 16, norm_last_layer=norm) for norm in (own, loaded))
+    with pytest.raises(RuntimeError, match=message):
+        head.load_state_dict(other.state_dict())
+    keys = {name for name in other.state_dict() if name.startswith("last_layer")}
+    assert {*head.load_state_dict(other.state_dict(), strict=False).unexpected_keys} == keys
+
+
+def test_an_empty_state_is_refused_by_pytorch():
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "layers.0.weight"'):
+        DINOProjectionHead(8, 8, 4, 16).load_state_dict({})
 
 
 def test_the_keys_are_those_of_the_lightning_libraries():
@@ -294,6 +325,21 @@ def test_arguments_out_of_range(options, message):
     ("x", "message"),
     [
         (torch.randn(4, 7), r"width 8 \(input_dim\), got shape \(4, 7\): set input_dim=7"),
+        (torch.randn(4, 5, 7), r"got shape \(4, 5, 7\): set input_dim=7"),
+        (torch.randn(4, 8, 7, 7), r"8 channels in dimension -3, pass their mean, x.flatten\(-2\).mean\(dim=-1\)"),
+        (torch.randn(2, 4, 8, 7, 7), r"8 channels in dimension -3, pass their mean, x.flatten\(-2\).mean\(dim=-1\)"),
+        (torch.randn(4, 8, 5, 7, 7), r"8 channels in dimension -4, pass their mean, x.flatten\(-3\).mean\(dim=-1\)"),
+        (torch.randn(4, 8, 5), r"8 channels in dimension -2, pass their mean, x.flatten\(-1\).mean\(dim=-1\)"),
+        (
+            torch.randn(4, 6, 7, 7),
+            r"maps.flatten\(2\).mean\(dim=2\), and set input_dim=6; if .* tokens, set input_dim=7",
+        ),
+        (
+            (torch.randn(4, 8), None),
+            r"tensor of features \(..., 8\), got a tuple of \[\(4, 8\), 'NoneType'\]: wrap the",
+        ),
+        ([torch.randn(4, 8)] * 2, r"got a list of \[\(4, 8\), \(4, 8\)\]: .* torch.stack\(features\)"),
+        ({"x": torch.randn(4, 8)}, "got a dict with the keys 'x': wrap the backbone in dino_head.vision.Features"),
         (torch.tensor(1.0), r"width 8 \(input_dim\), got shape \(\)"),
         (torch.ones(4, 8, dtype=torch.long), r"floating-point features, got torch.int64: convert"),
         (torch.randn(1, 8), r"at least 2 samples, got shape \(1, 8\)"),
@@ -303,6 +349,27 @@ def test_arguments_out_of_range(options, message):
 def test_inputs_that_do_not_fit(x, message):
     with pytest.raises(ValueError, match=message):
         DINOProjectionHead(8, 8, 4, 16)(x)
+
+
+def test_the_means_that_the_errors_advise_are_features():
+    maps = torch.randn(4, 8, 7, 7)
+    head = DINOProjectionHead(8, 8, 4, 16).eval()
+    torch.testing.assert_close(head(maps.flatten(-2).mean(dim=-1)), head(maps.mean(dim=(2, 3))))
+    torch.testing.assert_close(maps.flatten(2).mean(dim=2), maps.mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize("arguments", [(64, 65536), (64, 16384, 256, 4096)])
+def test_the_authors_order_of_arguments_is_refused_before_memory_is_allocated(arguments, monkeypatch):
+    monkeypatch.setattr(nn, "Linear", lambda *args, **options: pytest.fail("allocated"))
+    options = rf"DINOProjectionHead\(64, output_dim={arguments[1]}\), as the order by position is input_dim, hidden_dim"
+    with pytest.raises(ValueError, match=options):
+        DINOProjectionHead(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [(64, 16383), (64, 16384, 256, 16384), (64, 2048, 256, 65536)])
+def test_wide_heads_are_allowed(arguments):
+    with torch.device("meta"):
+        assert DINOProjectionHead(*arguments).last_layer.weight.shape[0] == (arguments[3:] or (4096,))[0]
 
 
 def test_projection_head_is_its_blocks():

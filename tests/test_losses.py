@@ -211,8 +211,45 @@ def test_a_center_saved_in_another_type_loads_as_float32(dtype):
 
 
 def test_a_center_of_another_size_is_refused():
-    with pytest.raises(RuntimeError, match="size mismatch for center"):
-        DINOLoss(16).load_state_dict({"center": torch.zeros(8)})
+    with pytest.raises(
+        RuntimeError, match=r"(?s)loss.center is of 8 prototypes, and .* output_dim=16: .*size mismatch"
+    ):
+        torch.nn.ModuleDict({"loss": DINOLoss(16)}).load_state_dict({"loss.center": torch.zeros(8)})
+
+
+@pytest.mark.parametrize(("saved", "loaded", "message"), [
+    ("mean", "sinkhorn", r'Unexpected .*"loss.center: .* set DINOLoss\(centering="mean"\), or drop .* strict=False'),
+    ("sinkhorn", "mean", r'Missing .*"loss.center: .* set DINOLoss\(centering="sinkhorn"\), or start .* strict=False'),
+])  # fmt: skip
+def test_a_state_of_the_other_centering_names_the_option_to_set(saved, loaded, message):
+    state = torch.nn.ModuleDict({"loss": DINOLoss(16, centering=saved)}).state_dict()
+    module = torch.nn.ModuleDict({"loss": DINOLoss(16, centering=loaded)})
+    with pytest.raises(RuntimeError, match=message):
+        module.load_state_dict(state)
+    keys = module.load_state_dict(state, strict=False)
+    assert [*keys.missing_keys, *keys.unexpected_keys] == ["loss.center"]
+    assert str(keys).count("loss.center:") == 0
+
+
+def test_the_centering_of_a_loss_is_fixed():
+    for centering in ("mean", "sinkhorn"):
+        loss = DINOLoss(16, centering=centering)
+        assert copy.deepcopy(loss).centering == centering
+        with pytest.raises(AttributeError):
+            loss.centering = "mean"
+
+
+def test_the_center_is_float32_whatever_the_default_type():
+    """Lightning changes it while a module is made for bf16-true."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        loss = DINOLoss(16)
+        loss(torch.ones(2, 3, 16), torch.zeros(4, 3, 16))
+    finally:
+        torch.set_default_dtype(default)
+    assert loss.center.dtype == torch.float32
+    torch.testing.assert_close(loss.center, torch.full((1, 1, 16), 0.1))
 
 
 @pytest.mark.parametrize(
@@ -242,8 +279,14 @@ def test_arguments_out_of_range(options, message):
 
 
 def test_an_epoch_is_not_negative():
-    with pytest.raises(ValueError, match="epoch must be an integer >= 0, got -1"):
+    with pytest.raises(ValueError, match=r"epoch must be an integer >= 0 \(such as self.current_epoch\), got -1"):
         DINOLoss(16)(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16), epoch=-1)
+
+
+@pytest.mark.parametrize("epoch", [torch.tensor(3), 0.04])
+def test_an_epoch_is_an_integer(epoch):
+    with pytest.raises(ValueError, match=r"epoch must be an integer >= 0 .* got "):
+        DINOLoss(16)(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16), epoch)
 
 
 def test_a_temperature_by_step_is_checked():

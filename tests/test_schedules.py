@@ -54,6 +54,22 @@ def test_cosine_step_by_step(step, value):
     assert isinstance(result, float)
 
 
+def test_a_warm_up_may_fill_the_schedule():
+    assert [cosine_schedule(step, 1.0, 0.2, 3, warmup_steps=3) for step in range(5)] == [0.0, 0.5, 1.0, 0.2, 0.2]
+
+
+@pytest.mark.parametrize(("step", "total_steps", "warmup_steps", "message"), [
+    (-1, 7, 3, "step must be .* at least 0, got -1"),
+    (-1, 7, 0, "step must be .* at least 0, got -1"),
+    (0, 7, 8, "got warmup_steps=8 and total_steps=7: shorten the warm-up, or train for longer"),
+    (9, 7, 8, "got warmup_steps=8 and total_steps=7"),
+    (5, 7, -2, "must fit into the schedule, got warmup_steps=-2"),
+])  # fmt: skip
+def test_a_schedule_refuses_negative_steps_and_a_warm_up_that_does_not_fit(step, total_steps, warmup_steps, message):
+    with pytest.raises(ValueError, match=message):
+        cosine_schedule(step, 1.0, 0.2, total_steps, warmup_steps=warmup_steps)
+
+
 @pytest.mark.parametrize(
     ("epochs", "values"),
     [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_head.checkpoints._layouts import FoundHead, listed
-from dino_head.head import DINOProjectionHead
+from dino_head.head import DINOProjectionHead, options_of
 from dino_head.prototypes import WeightNormPrototypes, weight_norm
 
 Tensors = Mapping[str, Tensor]
@@ -76,30 +76,10 @@ def constructor_call(arguments: Mapping[str, Any]) -> str:
 
 def arguments_for(tensors: Tensors, norm_last_layer: bool | None = None) -> dict[str, Any]:
     """Arguments of DINOProjectionHead, inferred from keys and shapes; `norm_last_layer` as in `load_head`."""
-    matrices = {
-        int(key.split(".")[1]): tensor
-        for key, tensor in tensors.items()
-        if key.startswith("layers.") and key.endswith(".weight") and tensor.ndim == 2
-    }
-    prototypes = tensors.get("last_layer.weight_v", tensors.get("last_layer.weight"))
-    if not matrices:
-        raise ValueError("the MLP has no matrix, expected the weights of Linear layers")
-    if prototypes is None or prototypes.ndim != 2:
-        raise ValueError("the last layer has no matrix, expected prototypes of shape (K, D)")
-    first, last = matrices[min(matrices)], matrices[max(matrices)]
-    biases = {f"layers.{index}.bias" in tensors for index in matrices}
+    options = options_of(tensors)
     if norm_last_layer is None and "last_layer.weight_g" in tensors:
         norm_last_layer = bool((tensors["last_layer.weight_g"] == 1).all())
-    return {
-        "input_dim": first.shape[1],
-        "hidden_dim": first.shape[0],
-        "bottleneck_dim": last.shape[0],
-        "output_dim": prototypes.shape[0],
-        "batch_norm": any(key.endswith(".running_mean") for key in tensors),
-        "norm_last_layer": norm_last_layer,
-        "num_layers": len(matrices),
-        "bias": biases.pop() if len(biases) == 1 else None,
-    }
+    return {**options, "norm_last_layer": norm_last_layer}
 
 
 def with_last_layer(tensors: Tensors, *, is_weight_normed: bool) -> dict[str, Tensor]:
@@ -137,8 +117,7 @@ def state_for(target: DINOProjectionHead, tensors: Tensors, names: Mapping[str, 
     }
     layer = target.last_layer
     converted = with_last_layer(wide, is_weight_normed=isinstance(layer, WeightNormPrototypes))
-    # Fixed norms are 1. Nothing in a teacher is trainable, so this does not tell whether its norms are fixed.
-    if isinstance(layer, WeightNormPrototypes) and layer.weight_v.requires_grad and not layer.weight_g.requires_grad:
+    if isinstance(layer, WeightNormPrototypes) and not layer.trainable_norm:
         plain = tensors.get("last_layer.weight")
         check_finite(wide, names)
         _fix_norms(converted, tolerance=0.0 if plain is None else 1e-6 + torch.finfo(plain.dtype).eps)

@@ -58,10 +58,10 @@ def how_to_resume(out: Path) -> str:
 
 
 class CheckBackbone(Callback):
-    """Before the first step, raises ValueError if the backbone does not accept the views, or the head its features.
+    """Before the first step, raises ValueError if backbone, head and loss do not fit the views and each other.
 
     It checks modules like the examples' DINO, with `student["backbone"]`, `student["head"]`, `images(batch)` and
-    `augment`.
+    `augment`, and the `loss` if it is a DINOLoss, in the precision of the run.
     """
 
     is_done = False
@@ -70,6 +70,7 @@ class CheckBackbone(Callback):
         """Check with two images of the first batch; random states do not change."""
         if self.is_done or not all(hasattr(pl_module, name) for name in ("student", "images", "augment")):
             return
+        from dino_head import DINOLoss
         from dino_head.vision import check_backbone
 
         self.is_done = True
@@ -77,5 +78,11 @@ class CheckBackbone(Callback):
         with torch.random.fork_rng(devices), torch.no_grad():
             views = pl_module.augment(pl_module.images(batch)[:2])  # type: ignore[operator]
             student: Any = pl_module.student
+            loss = getattr(pl_module, "loss", None)
             with trainer.precision_plugin.train_step_context():
-                check_backbone(student["backbone"], student["head"], views)
+                check_backbone(
+                    student["backbone"],
+                    student["head"],
+                    trainer.precision_plugin.convert_input(views),
+                    loss if type(loss) is DINOLoss else None,  # a subclass may have arguments of its own
+                )

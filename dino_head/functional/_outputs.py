@@ -3,13 +3,14 @@
 Sizes: V views, B samples, K prototypes, D bottleneck width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dino_head._pooling import MAPS, TOKENS, how_to_pool
 from dino_head.prototypes import FactoredLogits
 
 
@@ -87,6 +88,11 @@ class Outputs(NamedTuple):
             return self.prototypes.float() @ rows
 
 
+STACKED = "pass a tensor (V, B, K), a list of tensors (B, K), or one FactoredLogits with the z of all views, (V, B, D)"
+POOL_FIRST = (
+    f"pool the backbone's outputs before the head, tokens (B, N, D) by {TOKENS} and maps (B, D, H, W) by {MAPS}"
+)
+
 # Types that public functions and modules accept; internally, only `Outputs` is used.
 Logits = Tensor | Sequence[Tensor] | FactoredLogits | Outputs
 
@@ -108,8 +114,13 @@ def as_outputs(out: Logits) -> Outputs:
         outputs = Outputs(_stack(out))
     kind = "logits (V, B, K)" if outputs.prototypes is None else "z (V, B, D)"
     shape = tuple(outputs.rows.shape)
+    if len(shape) > 3:
+        raise ValueError(f"the loss expects {kind} of V views, got {shape}: {POOL_FIRST}")
     if len(shape) != 3:
-        raise ValueError(f"the loss expects {kind} of V views, got {shape}: stack the views first")
+        raise ValueError(
+            f"the loss expects {kind} of V views, got {shape}: stack the views first, or separate the rows of all "
+            "views by .unflatten(0, (V, B))"
+        )
     if 0 in shape:
         raise ValueError(f"the loss needs at least one sample, got {kind} of shape {shape}: skip empty batches")
     if outputs.prototypes is not None and (outputs.prototypes.dim() != 2 or outputs.prototypes.shape[1] != shape[2]):
@@ -169,11 +180,12 @@ def _stack(out: Any) -> Tensor:
     """Logits (V, B, K), or a list of V tensors (B, K), as one tensor."""
     if isinstance(out, Tensor):
         return out
+    if isinstance(out, Mapping):  # also an output of Transformers
+        raise ValueError(f"the loss expects the outputs of the head, got {how_to_pool(out)}")
     views: list[Any] = list(out) if isinstance(out, (list, tuple)) else [out]
     if not views or not all(isinstance(view, Tensor) and view.shape == views[0].shape for view in views):
         given = [tuple(view.shape) if isinstance(view, Tensor) else type(view).__name__ for view in views]
-        raise ValueError(
-            f"views must be a list of logits (B, K) of one shape, got {given}: pass a tensor (V, B, K), a list of "
-            "tensors (B, K), or one FactoredLogits with the z of all views, (V, B, D)"
-        )
+        is_pooled = not any(isinstance(view, Tensor) and view.ndim > 2 for view in views)
+        remedy = STACKED if is_pooled else POOL_FIRST
+        raise ValueError(f"views must be a list of logits (B, K) of one shape, got {given}: {remedy}")
     return torch.stack(views)

@@ -81,8 +81,8 @@ class KNNAccuracy(PlottedMetric):
         self.register_buffer("features", F.normalize(features.float(), dim=1), persistent=False)
         self.register_buffer("labels", labels, persistent=False)
         self.register_buffer("groups", groups, persistent=False)
-        self.add_state("right", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("samples", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor, groups: Tensor | None = None) -> None:
@@ -111,4 +111,4 @@ class KNNAccuracy(PlottedMetric):
 
     def compute(self) -> Tensor:
         """Share of correct samples, in [0, 1]; NaN without samples."""
-        return self.right / self.samples
+        return self.right.float() / self.samples

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_head import DINOProjectionHead
+from dino_head import DINOLoss, DINOProjectionHead, FactoredLogits
 from dino_head._extras import packages_of_extras
+from dino_head._pooling import how_to_pool
 
 VIT = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
@@ -84,44 +85,65 @@ def vit(
 
 
 @torch.no_grad()
-def check_backbone(backbone: nn.Module, head: DINOProjectionHead, views: Sequence[Tensor]) -> None:
-    """Raise an error before training starts if the backbone does not accept the views, or the head the features.
+def check_backbone(
+    backbone: nn.Module, head: DINOProjectionHead, views: Sequence[Tensor], loss: DINOLoss | None = None
+) -> None:
+    """Raise an error before training starts if backbone, head and loss do not fit the views and each other.
+
+    All of them are called in evaluation mode and not changed, and neither are random states. Call it under the autocast
+    of the run, with views of the type of the weights.
 
     Args:
-        backbone: Backbone, which is called in evaluation mode and not changed.
+        backbone: Backbone for the views.
         head: Projection head for the features.
-        views: Views (B, C, H, W); one of each size is passed to the backbone.
+        views: Views (B, C, H, W); one of each size is passed on.
+        loss: Loss for the outputs of the head; None to check only backbone and head. With Sinkhorn, all processes have
+            to call it.
 
     Raises:
-        ValueError: If the backbone raises an error, or its output is not (B, head.input_dim).
+        ValueError: If one of them raises an error, or the backbone's output is not (B, head.input_dim).
     """
-    modes = {module: module.training for module in backbone.modules()}
-    for size, view in {view.shape[2:]: view for view in views}.items():
-        shape = " x ".join(map(str, size))
-        try:
-            features = backbone.eval()(view)
-        except Exception as error:  # of any kind
-            raise ValueError(
-                f"the backbone cannot take views of {shape} ({type(error).__name__}: {error}): make their size a "
-                "multiple of its patch size, and let it interpolate its position embeddings (transformers: "
-                "interpolate_pos_encoding=True; timm: dynamic_img_size=True)"
-            ) from error
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        if not isinstance(features, Tensor):
-            raise ValueError(
-                f"the backbone returns a {type(features).__name__}, expected a tensor of features (B, D): select them "
-                "with Features(model, class_token) or a function of your own"
-            )
-        if features.ndim != 2 or len(features) != len(view):
-            raise ValueError(
-                f"the backbone returns shape {tuple(features.shape)} for {len(view)} views of {shape}, expected "
-                f"({len(view)}, D): take the first token or the mean of tokens (B, N, D), and the mean of feature maps "
-                "(B, D, h, w)"
-            )
-        if features.shape[1] != head.input_dim:
-            raise ValueError(
-                f"the backbone returns {features.shape[1]} features, but the head expects {head.input_dim}: use "
-                f"DINOProjectionHead(input_dim={features.shape[1]}, ...)"
-            )
+    parts = [part for part in (backbone, head, loss) if part is not None]
+    modes = {module: module.training for part in parts for module in part.modules()}
+    try:
+        for part in parts:
+            part.eval()
+        with torch.random.fork_rng(sorted({view.get_device() for view in views if view.is_cuda})):
+            for view in {view.shape[2:]: view for view in views}.values():
+                _check_view(backbone, head, view, loss)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _check_view(backbone: nn.Module, head: DINOProjectionHead, view: Tensor, loss: DINOLoss | None) -> None:
+    shape = " x ".join(map(str, view.shape[2:]))
+    try:
+        features = backbone(view)
+    except Exception as error:  # of any kind
+        raise ValueError(
+            f"the backbone cannot take views of {shape} ({type(error).__name__}: {error}): make their size a "
+            "multiple of its patch size, let it interpolate its position embeddings (transformers: "
+            "interpolate_pos_encoding=True; timm: dynamic_img_size=True), and make their type, "
+            f"{view.dtype}, that of its weights"
+        ) from error
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(view):
+        raise ValueError(
+            f"the backbone must return features ({len(view)}, D) for {len(view)} views of {shape}, got "
+            f"{how_to_pool(features)}"
+        )
+    if features.shape[1] != head.input_dim:
+        raise ValueError(
+            f"the backbone returns {features.shape[1]} features, but the head expects {head.input_dim}: use "
+            f"DINOProjectionHead(input_dim={features.shape[1]}, ...)"
+        )
+    try:
+        z, prototypes = head.factored_logits(features)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the head cannot take the backbone's features {tuple(features.shape)} in {features.dtype} "
+            f"({type(error).__name__}: {error}): convert backbone and head to one type"
+        ) from error
+    if loss is not None:
+        two_views = FactoredLogits(torch.stack([z, z]), prototypes)
+        loss.forward(two_views, two_views)  # without the hooks that measure the calls of the training

@@ -26,7 +26,8 @@ def head_like(seed=0, **options) -> DINOProjectionHead:
         if parameter.requires_grad:
             parameter.data.uniform_(0.5, 1.5).mul_(torch.randint(0, 2, parameter.shape) * 2 - 1)
     for name, buffer in head.named_buffers():
-        buffer.copy_(torch.randint(1, 9, buffer.shape) if "num_" in name else torch.rand(buffer.shape) + 0.5)
+        if not name.endswith("weight_g"):
+            buffer.copy_(torch.randint(1, 9, buffer.shape) if "num_" in name else torch.rand(buffer.shape) + 0.5)
     return head
 
 
@@ -378,9 +379,17 @@ def test_fixed_norms_near_1_raise(dtype):
         load_head({key: value.to(dtype) for key, value in plain.items()}, norm_last_layer=True)
 
 
+def test_a_teacher_with_fixed_norms_refuses_other_norms():
+    """Its norms are fixed although nothing in it is trainable."""
+    teacher = head_like(2).requires_grad_(False)
+    before = copy.deepcopy(teacher.state_dict())
+    with pytest.raises(ValueError, match=r"needs prototypes of norm 1, got norms from .* norm_last_layer=False"):
+        load_head(head_like(norm_last_layer=False).state_dict(), head=teacher)
+    assert bitwise_equal(teacher.state_dict(), before)
+
+
 @pytest.mark.parametrize("source", [False, None])
-def test_a_teacher_loads_any_norms(source):
-    """Nothing in it is trainable, so that its norms may be fixed or not."""
+def test_a_teacher_with_trainable_norms_loads_any_norms(source):
     head = head_like(norm_last_layer=source)
     teacher = head_like(2, norm_last_layer=False).requires_grad_(False)
     load_head(head.state_dict(), head=teacher)
@@ -586,8 +595,8 @@ def test_every_key_is_reported(caplog):
         "  teacher.module.head.mlp.1.running_var -> layers.1.running_var (8,) torch.float32",
         "  teacher.module.head.mlp.3.weight -> layers.3.weight (4, 8) torch.float32",
         "  teacher.module.head.mlp.3.bias -> layers.3.bias (4,) torch.float32",
-        f"  {modern}.original0 -> last_layer.weight_g (12, 1) torch.float32",
         f"  {modern}.original1 -> last_layer.weight_v (12, 4) torch.float32",
+        f"  {modern}.original0 -> last_layer.weight_g (12, 1) torch.float32",
         "  missing: layers.1.num_batches_tracked, set to 0",
         "not used: teacher.backbone.* (2 tensors), student.*",
         "other entries: epoch",

@@ -1,4 +1,6 @@
 import copy
+import math
+import warnings
 
 import pytest
 import torch
@@ -101,6 +103,27 @@ def test_the_learning_rate_warms_up_and_falls_by_steps():
     # 2 optimizer steps an epoch: warm-up over the first 2, then 4 of a cosine from 1 towards 0.001.
     by_step = rates[::2]
     assert by_step == pytest.approx([0.0, 1.0, 1.0, 0.8537, 0.5005, 0.1473], abs=1e-3)
+
+
+@pytest.mark.parametrize(("warmup_epochs", "epochs", "steps"), [(10, 5, 2), (6, 5, 2), (5, 5, 20), (4, 5, 16)])
+def test_a_warm_up_longer_than_the_run_takes_a_tenth_of_it_and_warns(warmup_epochs, epochs, steps):
+    rates = []
+
+    class Watched(TinyDINO):
+        def on_train_batch_start(self, batch, batch_idx):
+            rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+
+    module = tiny_dino(learning_rate=1.0, min_learning_rate=0.0, warmup_epochs=warmup_epochs)
+    module.__class__ = Watched
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        trainer(max_epochs=epochs).fit(module, view_loader(batches=4))
+    warm_up, cosine = rates[:steps], rates[steps:]
+    assert warm_up == pytest.approx([step / (steps - 1) for step in range(steps)])
+    count = len(cosine)
+    assert cosine == pytest.approx([0.5 * (1 + math.cos(math.pi * step / count)) for step in range(count)])
+    message = f"warmup_epochs={warmup_epochs} is longer than the run: warming up in its first tenth"
+    assert [str(warning.message) for warning in caught].count(message) == (warmup_epochs > epochs)
 
 
 @pytest.mark.parametrize("form", ["tensor", "tuple", "dict"])

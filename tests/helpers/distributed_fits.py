@@ -148,7 +148,6 @@ class Flat(TinyDINO):
     """FSDP with flat parameters."""
 
     def configure_model(self) -> None:
-        self.student["head"].last_layer.weight_g.requires_grad_(True)  # else FSDP itself refuses to flatten
         self.student["head"] = FullyShardedDataParallel(
             self.student["head"], use_orig_params=False, device_id=torch.device("cpu")
         )

@@ -368,6 +368,83 @@ def test_samples_that_do_not_fit(change, message):
 # All of them
 
 
+METRICS = {
+    "statistics": (lambda: DINOStatistics(K), lambda: sides()),
+    "statistics of logits": (lambda: DINOStatistics(K), lambda: [side.logits() for side in sides()]),
+    "rank": (lambda: RankMe(D), lambda: (clusters()[0],)),
+    "knn": (lambda: KNNAccuracy(*clusters(), k=5), lambda: clusters(60, seed=1)),
+}
+CONVERSIONS = {
+    "bfloat16": lambda module: module.to(torch.bfloat16),
+    "half": lambda module: module.half(),
+    "double": lambda module: module.double(),
+    "to a device and a type": lambda module: module.to("cpu", torch.float16),
+}
+
+
+def converted(arguments, dtype):
+    def convert(value):
+        if isinstance(value, FactoredLogits):
+            return FactoredLogits(*map(convert, value))
+        return value.to(dtype) if value.is_floating_point() else value
+
+    return [convert(value) for value in arguments]
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("name", METRICS)
+def test_a_metric_in_a_converted_module_has_the_same_values_bitwise(name, conversion):
+    make, arguments = METRICS[name]
+    expected, module = make(), torch.nn.ModuleDict({"metric": make()})
+    CONVERSIONS[conversion](module)
+    for _ in range(300):  # more than the integers of bfloat16
+        expected.update(*arguments())
+        module["metric"].update(*arguments())
+    CONVERSIONS[conversion](module)  # the state as well
+    torch.testing.assert_close(module["metric"].compute(), expected.compute(), rtol=0, atol=0)
+    assert len({value.dtype for value in module["metric"].metric_state.values()}) == 1
+    module["metric"].reset()
+    module["metric"].update(*arguments())
+    expected.reset()
+    expected.update(*arguments())
+    torch.testing.assert_close(module["metric"].compute(), expected.compute(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", METRICS)
+def test_inputs_of_any_precision_are_measured_in_float32(name, dtype):
+    make, arguments = METRICS[name]
+    given, expected = make(), make()
+    inputs = converted(arguments(), dtype)
+    given.update(*inputs)
+    expected.update(*converted(inputs, torch.float32))
+    torch.testing.assert_close(given.compute(), expected.compute(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_the_default_type_does_not_change_the_values(name):
+    """Lightning changes it during the steps of bf16-true, and while a module is made."""
+    make, arguments = METRICS[name]
+    expected, inputs = make(), arguments()
+    expected.update(*inputs)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        metric = make() if name != "knn" else expected.clone()  # made of random voters
+        metric.reset()
+        metric.update(*inputs)
+        found = metric.compute()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected.compute(), rtol=0, atol=0)
+
+
+def test_set_dtype_still_converts_for_devices_without_float64():
+    rank = RankMe(D).set_dtype(torch.float32)
+    rank.update(clusters()[0])
+    assert rank.products.dtype == torch.float32
+    assert rank.compute().item() == pytest.approx(rank_by_definition(clusters()[0]), rel=1e-3)
+
+
 @pytest.mark.distributed
 def test_two_processes_equal_one(tmp_path):
     teacher, student = sides(samples=9)

@@ -4,7 +4,7 @@ from monai.networks.nets import DenseNet121
 from torch import nn
 from transformers import ConvNextConfig, ConvNextModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
-from dino_head import DINOProjectionHead, multicrop_forward
+from dino_head import DINOLoss, DINOProjectionHead, multicrop_forward
 from dino_head.vision.backbones import Features, check_backbone, class_token, pooled, vit
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -87,9 +87,16 @@ class Returns(nn.Module):
 @pytest.mark.parametrize(("backbone", "message"), [
     (Features(ViTModel(ViTConfig(image_size=64, patch_size=16, **TINY)), class_token),
      r"cannot take views of 32 x 32 \(ValueError: .*interpolate_pos_encoding=True; timm"),
-    (BACKBONES["DINOv2"]().model, r"returns a BaseModelOutputWithPooling, expected .*Features\(model, class_token"),
-    (Returns(lambda x: x.flatten(2)), r"shape \(2, 3, 4096\) for 2 views of 64 x 64, expected \(2, D\): .* tokens"),
-    (Returns(lambda x: x.mean(dim=(0, 2, 3))[None]), r"shape \(1, 3\) for 2 views"),
+    (BACKBONES["DINOv2"]().model, r"got a BaseModelOutputWithPooling of Transformers: .*Features\(model, class_token"),
+    (convnext(), r"got a BaseModelOutputWithPoolingAndNoAttention of Transformers: .*Features\(model, pooled"),
+    (Returns(lambda x: x.flatten(2)),
+     r"features \(2, D\) for 2 views of 64 x 64, got tokens \(B, N, D\) of shape \(2, 3, 4096\): .* tokens\[:, 0\]"),
+    (Returns(lambda x: x), r"got feature maps \(B, D, H, W\) of shape \(2, 3, 64, 64\): .* maps.flatten\(2\).mean"),
+    (Returns(lambda x: (x, x)), r"got a tuple of \[\(2, 3, 64, 64\), "),
+    (Returns(lambda x: {"x": x}), "got a dict with the keys 'x'"),
+    (Returns(lambda x: x.mean(dim=(0, 2, 3))[None]), r"for 2 views of 64 x 64, got a tensor of shape \(1, 3\)"),
+    (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 32)).bfloat16(),
+     r"cannot take views of 64 x 64 \(RuntimeError: .* make their type, torch.float32, that of its weights"),
     (Returns(lambda x: x.mean(dim=(2, 3))), r"3 features, but the head expects 32: .*\(input_dim=3,"),
 ])  # fmt: skip
 def test_a_backbone_that_does_not_fit_raises(backbone, message):
@@ -106,3 +113,49 @@ def test_the_check_does_not_change_the_backbone():
     check_backbone(backbone, DINOProjectionHead(8, 8, 4, 16), VIEWS)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
     assert [module.training for module in backbone] == [True, False, True, True]
+
+
+class Averages(nn.Sequential):
+    """Features (B, 3) that need no weights, and dropout, which draws random numbers in training mode alone."""
+
+    def __init__(self):
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout())
+
+
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_the_check_runs_head_and_loss_and_changes_nothing(centering):
+    torch.manual_seed(0)
+    backbone, head, loss = Averages(), DINOProjectionHead(3, 8, 4, 16), DINOLoss(16, centering=centering)
+    loss.register_forward_pre_hook(lambda *args: pytest.fail("measured"))
+    parts = nn.ModuleList([backbone, head, loss])
+    before = {name: value.clone() for name, value in parts.state_dict().items()}
+    random = torch.get_rng_state()
+    check_backbone(backbone, head, VIEWS, loss)
+    check_backbone(Returns(lambda x: torch.rand(2, 3)), head, VIEWS, loss)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[name]) for name, value in parts.state_dict().items())
+    assert all(module.training for module in parts.modules())
+    loss.defer_center_update = False
+    loss.apply_center_update()  # nothing was collected
+    assert loss.center is None or not loss.center.any()
+
+
+@pytest.mark.parametrize(("loss", "message"), [
+    (DINOLoss(32), r"made for 32 prototypes \(output_dim\), got a teacher with 16: give loss and head the same"),
+    (None, r"the head cannot take the backbone's features \(2, 3\) in torch.float32 \(RuntimeError: .* one type"),
+])  # fmt: skip
+def test_a_head_or_a_loss_that_does_not_fit_raises(loss, message):
+    head = DINOProjectionHead(3, 8, 4, 16)
+    parts = nn.ModuleList([Averages(), head if loss is not None else head.bfloat16(), *([loss] if loss else [])])
+    with pytest.raises(ValueError, match=message):
+        check_backbone(parts[0], head, VIEWS, loss)
+    assert all(module.training for module in parts.modules())
+
+
+def test_the_check_uses_the_autocast_around_it():
+    seen = []
+    backbone, head = Averages(), DINOProjectionHead(3, 8, 4, 16)
+    head.register_forward_hook(lambda module, args, out: seen.extend(tensor.dtype for tensor in out))
+    with torch.autocast("cpu", torch.bfloat16):
+        check_backbone(backbone, head, VIEWS, DINOLoss(16))
+    assert torch.bfloat16 in seen
