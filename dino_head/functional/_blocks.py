@@ -208,9 +208,7 @@ def _scaled(kept: Tensor | None, grad: Tensor, dtype: torch.dtype) -> Tensor | N
         return None
     if torch.compiler.is_compiling():
         return (kept * grad).to(dtype)
-    # The usual gradient of 1 needs no scaling; on a GPU, the comparison would wait for the device.
-    is_one = grad.device.type == "cpu" and grad.item() == 1
-    gradient = (kept if is_one else kept.mul(grad)).to(dtype)
+    gradient = (kept * grad).to(dtype)
     if torch.is_grad_enabled():  # in a backward with create_graph=True
         gradient = _NotDifferentiable.apply(gradient, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
     return gradient

@@ -28,9 +28,6 @@ def nearest(
 
     Returns:
         Cosine similarities (n, k) in float32, descending, and indices (n, k); -inf if a sample has fewer than k.
-
-    Raises:
-        ValueError: A sample has no candidate outside its group.
     """
     with torch.autocast(features.device.type, enabled=False):
         found = []
@@ -41,36 +38,37 @@ def nearest(
                 similarity.masked_fill_(excluded[0][rows, None] == excluded[1], -math.inf)
             found.append(similarity.topk(k))
     values, indices = (torch.cat(parts) for parts in zip(*found, strict=True))
-    alone = int(values[:, 0].isneginf().sum())
-    if alone:
-        raise ValueError(
-            f"{alone} of {len(features)} samples have no neighbour outside of their own group: add voters of other "
-            "groups"
-        )
     return values, indices
 
 
-def vote(similarity: Tensor, indices: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Neighbours (n, k), labels (N,) of all candidates -> labels (n,) of the largest sums of exp(s / temperature)."""
-    classes, of_candidates = labels.unique(return_inverse=True)
+def vote(similarity: Tensor, classes: Tensor, number: int, temperature: float) -> Tensor:
+    """Similarities (n, k) and classes (n, k), below `number` -> classes (n,) of the largest sums of exp(s / T)."""
     weights = ((similarity - similarity[:, :1]) / temperature).exp()  # a common factor of a sample's weights cancels
-    votes = weights.new_zeros(len(weights), len(classes)).scatter_add_(1, of_candidates[indices], weights)
-    labels_voted: Tensor = classes[votes.argmax(dim=1)]
-    return labels_voted
+    voted: Tensor = weights.new_zeros(len(weights), number).scatter_add_(1, classes, weights).argmax(dim=1)
+    return voted
+
+
+def count_broken(features: Tensor) -> Tensor:
+    """Number of features (..., D) that contain NaN or inf, on the device."""
+    return (~features.isfinite()).any(dim=-1).sum()
 
 
 def check_finite(name: str, features: Tensor) -> None:
-    """Raise ValueError unless all features (..., D) are finite."""
-    broken = int((~features.isfinite()).flatten(end_dim=-2).any(dim=1).sum())
+    """Raise ValueError unless all features (..., D) are finite; reads a value from the device."""
+    require_none_broken(name, int(count_broken(features)), features.shape[:-1].numel())
+
+
+def require_none_broken(name: str, broken: int, total: int) -> None:
+    """Raise ValueError if any of the features contain NaN or inf."""
     if broken:
         raise ValueError(
-            f"{broken} of {features.shape[:-1].numel()} {name} contain NaN or inf: check the images behind them, "
-            "the network's weights and the precision"
+            f"{broken} of {total} {name} contain NaN or inf: check the images behind them, the network's weights and "
+            "the precision"
         )
 
 
 def check_labelled(name: str, features: Tensor, labels: Tensor, groups: Tensor | None) -> None:
-    """Raise ValueError unless these are finite features (N, D) with labels (N,), and groups (N,) if any."""
+    """Raise ValueError unless these are features (N, D) with labels (N,), and groups (N,) if any."""
     if features.dim() != 2 or not features.is_floating_point() or not len(features):
         raise ValueError(
             f"{name} must have floating-point features (N, D) of at least one sample, got {tuple(features.shape)} "
@@ -82,4 +80,3 @@ def check_labelled(name: str, features: Tensor, labels: Tensor, groups: Tensor |
                 f"{name} must have integer {kind} (N,), one for each of the {len(features)} features, got "
                 f"{tuple(values.shape)} in {values.dtype}"
             )
-    check_finite(f"features of the {name}", features)

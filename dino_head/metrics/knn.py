@@ -10,7 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino_head._arguments import check_integer, check_number
-from dino_head.metrics._neighbours import check_labelled, nearest, vote
+from dino_head.metrics._neighbours import (
+    check_finite,
+    check_labelled,
+    count_broken,
+    nearest,
+    require_none_broken,
+    vote,
+)
 from dino_head.metrics._plotted import PlottedMetric
 
 
@@ -24,8 +31,8 @@ class KNNAccuracy(PlottedMetric):
     classifies samples. With groups (patients, slides, scenes), voters of a sample's own group do not vote for it,
     because neighbours from the same patient make the accuracy look better than it is.
 
-    The state is the number of correct samples and the number of samples. With several processes, each needs all voters
-    and classifies its own part of the samples.
+    With several processes, each needs all voters and classifies its own part of the samples. `update` reads nothing
+    from the device; `compute` raises the errors that depend on values.
 
     Args:
         features: Features of the voters, (N, D).
@@ -50,10 +57,13 @@ class KNNAccuracy(PlottedMetric):
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
     features: Tensor
-    labels: Tensor
+    classes: Tensor
+    of_voters: Tensor  # indices of the voters' classes
     groups: Tensor | None
     right: Tensor
     samples: Tensor
+    broken: Tensor
+    alone: Tensor
 
     def __init__(
         self,
@@ -69,9 +79,10 @@ class KNNAccuracy(PlottedMetric):
         check_integer("k", k, 1)
         check_number("temperature", temperature, 0, float("inf"), exclude_minimum=True)
         check_labelled("voters", features, labels, groups)
+        check_finite("features of the voters", features)
         if len(features) < k:
             raise ValueError(f"k={k} voters are needed, got {len(features)}: add voters, or lower k")
-        classes = labels.unique()
+        classes, of_voters = labels.unique(return_inverse=True)
         if len(classes) < 2:
             raise ValueError(
                 f"all {len(labels)} voters have the label {classes.item()}, so that every vote is right or wrong "
@@ -79,18 +90,18 @@ class KNNAccuracy(PlottedMetric):
             )
         self.k, self.temperature = k, temperature
         self.register_buffer("features", F.normalize(features.float(), dim=1), persistent=False)
-        self.register_buffer("labels", labels, persistent=False)
+        self.register_buffer("classes", classes, persistent=False)
+        self.register_buffer("of_voters", of_voters, persistent=False)
         self.register_buffer("groups", groups, persistent=False)
-        self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("samples", torch.tensor(0), dist_reduce_fx="sum")
+        for name in ("right", "samples", "broken", "alone"):  # numbers of samples
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor, groups: Tensor | None = None) -> None:
         """Classify features (N, D) with labels (N,), and with groups (N,) if the voters have groups.
 
         Raises:
-            ValueError: Shapes that do not match, features that are not finite, groups of only one side, or a sample
-                without a voter outside its group.
+            ValueError: Shapes that do not match, or groups of only one side.
         """
         check_labelled("samples", features, labels, groups)
         if features.shape[1] != self.features.shape[1]:
@@ -105,10 +116,23 @@ class KNNAccuracy(PlottedMetric):
             )
         excluded = None if groups is None or self.groups is None else (groups, self.groups)
         unit = F.normalize(features.float(), dim=1)
-        found = nearest(unit, self.features, self.k, excluded=excluded)
-        self.right += (vote(*found, self.labels, self.temperature) == labels).sum()
+        similarity, indices = nearest(unit, self.features, self.k, excluded=excluded)
+        voted = vote(similarity, self.of_voters[indices], len(self.classes), self.temperature)
+        self.right += (self.classes[voted] == labels).sum()
         self.samples += len(features)
+        self.broken += count_broken(features)
+        self.alone += similarity[:, 0].isneginf().sum()
 
     def compute(self) -> Tensor:
-        """Share of correct samples, in [0, 1]; NaN without samples."""
+        """Share of correct samples, in [0, 1]; NaN without samples.
+
+        Raises:
+            ValueError: Features that are not finite, or a sample without a voter outside its group.
+        """
+        broken, alone, samples = torch.stack([self.broken, self.alone, self.samples]).tolist()
+        require_none_broken("features of the samples", broken, samples)
+        if alone:
+            raise ValueError(
+                f"{alone} of {samples} samples have no neighbour outside of their own group: add voters of other groups"
+            )
         return self.right.float() / self.samples

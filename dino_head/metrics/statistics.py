@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dino_head._arguments import check_integer, check_number
-from dino_head._indices import spaced_indices
 from dino_head.functional._blocks import BLOCK_BYTES
 from dino_head.functional._outputs import Logits, as_outputs, check_sides, flat_center
 from dino_head.metrics._plotted import PlottedMetric
@@ -100,10 +99,11 @@ class DINOStatistics(PlottedMetric):
             )
         center = flat_center(center, self.output_dim)
         views = teacher.views + student.views
-        samples = torch.arange(teacher.samples, device=self.wins.device)
+        count = teacher.samples
         if teacher.prototypes is not None:
-            count = min(len(samples), max(1, self.max_rows // views))
-            samples = samples[spaced_indices(len(samples), count)]
+            count = min(count, max(1, self.max_rows // views))
+        # As `spaced_indices`, on the device.
+        samples = torch.arange(count, device=self.wins.device) * (teacher.samples - 1) // max(1, count - 1)
         with torch.autocast(self.wins.device.type, enabled=False):
             # Each step below allocates several tensors of a block's size.
             for part in samples.split(max(1, BLOCK_BYTES // 4 // (4 * self.output_dim * views))):
@@ -150,10 +150,11 @@ def sums_of(log_p: Tensor, log_q: Tensor) -> dict[str, Tensor]:
         "loss": (own - (total * log_q.sum(dim=0)).sum()) / (views * (len(log_q) - 1)),
         "teacher_entropy": -(p * log_p).sum() / views,
         "student_entropy": -(log_q.exp() * log_q).sum() / len(log_q),
-        "samples": p.new_tensor(samples),
-        "rows": p.new_tensor(views * samples),
+        "samples": p.new_full((), samples),
+        "rows": p.new_full((), views * samples),
         "assignment": total.sum(dim=0),
-        "wins": torch.bincount(log_p.argmax(dim=-1).flatten(), minlength=count),
+        # Without bincount, which reads the largest index from the device.
+        "wins": p.new_zeros(count).scatter_add_(0, log_p.argmax(dim=-1).flatten(), p.new_ones(views * samples)),
     }
 
 
