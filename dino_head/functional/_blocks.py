@@ -206,10 +206,8 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def _scaled(kept: Tensor | None, grad: Tensor, dtype: torch.dtype) -> Tensor | None:
     if kept is None:
         return None
-    if torch.compiler.is_compiling():
-        return (kept * grad).to(dtype)
     gradient = (kept * grad).to(dtype)
-    if torch.is_grad_enabled():  # in a backward with create_graph=True
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # in a backward with create_graph=True
         gradient = _NotDifferentiable.apply(gradient, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
     return gradient
 

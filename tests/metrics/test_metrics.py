@@ -362,9 +362,13 @@ def test_voters_that_cannot_vote(change, message):
 def test_samples_that_do_not_fit(change, message):
     features, labels = clusters(60)
     knn = KNNAccuracy(*clusters())
-    with pytest.raises(ValueError, match=message):
+
+    def classify():
         knn.update(**{"features": features, "labels": labels, **change})
         knn.compute()  # raises what depends on values
+
+    with pytest.raises(ValueError, match=message):
+        classify()
 
 
 # All of them
