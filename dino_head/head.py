@@ -165,6 +165,8 @@ class DINOProjectionHead(ProjectionHead):
         for name, size in sizes.items():
             check_integer(name, size, 1)
         check_integer("freeze_last_layer", freeze_last_layer, -1, " (epochs; -1 and 0 freeze nothing)")
+        if norm_last_layer not in (None, True, False):
+            raise ValueError(f"norm_last_layer must be True, False or None, got {norm_last_layer!r}")
         if hidden_dim >= SUSPICIOUS_HIDDEN_DIM and hidden_dim > output_dim:
             raise ValueError(
                 f"hidden_dim={hidden_dim} is larger than output_dim={output_dim}: for {hidden_dim} prototypes, use "

@@ -124,6 +124,12 @@ class DINOLoss(nn.Module):
                 self.apply_center_update()
         return loss
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set the center to 0, for a loss that was made on the meta device."""
+        if self.center is not None:
+            self.center.zero_()
+
     @property
     def centering(self) -> str:
         """Centering of the teacher, "mean" or "sinkhorn"; it is fixed when the loss is made."""

@@ -314,6 +314,7 @@ def test_freeze_is_off_by_default():
         ({"num_layers": 0}, "num_layers must be an integer >= 1, got 0"),
         ({"freeze_last_layer": -2}, r"freeze_last_layer must be an integer >= -1 \(epochs; .*\), got -2"),
         ({"freeze_last_layer": 1.0}, "freeze_last_layer must be an integer"),
+        ({"norm_last_layer": "False"}, "norm_last_layer must be True, False or None, got 'False'"),
     ],
 )
 def test_arguments_out_of_range(options, message):

@@ -231,6 +231,18 @@ def test_a_state_of_the_other_centering_names_the_option_to_set(saved, loaded, m
     assert str(keys).count("loss.center:") == 0
 
 
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_a_loss_made_on_the_meta_device_starts_with_a_center_of_0(centering):
+    with torch.device("meta"):
+        loss = DINOLoss(16, centering=centering)
+    loss.to_empty(device="cpu")
+    if loss.center is not None:
+        loss.center.fill_(3.0)
+    loss.reset_parameters()
+    assert loss.center is None or not loss.center.any()
+    assert loss(torch.ones(2, 3, 16), torch.zeros(4, 3, 16)).isfinite()
+
+
 def test_the_centering_of_a_loss_is_fixed():
     for centering in ("mean", "sinkhorn"):
         loss = DINOLoss(16, centering=centering)
