@@ -5,6 +5,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from dino_head._arguments import check_integer
@@ -71,6 +72,7 @@ class AfterOptimizerStep(Checked):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the hooks."""
+        super().on_exception(trainer, pl_module, exception)
         self._unhook()
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,6 +129,7 @@ class AfterScheduledStep(AfterOptimizerStep):
             total_steps = int(total_steps)  # NumPy integers could not be loaded from a checkpoint
         self.total_steps = total_steps
         self._horizon: int | None = None  # number of steps of the current schedule
+        self._epoch = -1  # in which the length was compared
 
     @property
     def needs_horizon(self) -> bool:
@@ -160,10 +163,18 @@ class AfterScheduledStep(AfterOptimizerStep):
                     "this length (a LambdaLR of yours needs the same choice)"
                 )
             self._horizon = horizon
+        self._epoch = -1
         super().on_train_start(trainer, pl_module)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise an error if the number of batches or their accumulation has changed since the start of the run."""
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Raise an error if the number of batches or their accumulation has changed since the start of the run.
+
+        At the first batch of each epoch, when all callbacks that may change them have been called.
+        """
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if trainer.current_epoch == self._epoch:
+            return
+        self._epoch = trainer.current_epoch
         if self.needs_horizon and self.total_steps is None and self._length(trainer) != self._horizon:
             raise MisconfigurationException(
                 f"{type(self).__name__} follows a schedule of {self._horizon} optimizer steps, but with the batches "
@@ -193,6 +204,13 @@ class AfterScheduledStep(AfterOptimizerStep):
                 "set max_epochs or max_steps in the Trainer, for data without a length max_steps or "
                 f"limit_train_batches, or {type(self).__name__}(..., total_steps=100_000)"
             )
+        if _adds_an_epoch(trainer):
+            raise MisconfigurationException(
+                f"{type(self).__name__} follows a schedule over the whole run, and StochasticWeightAveraging adds an "
+                "epoch in which nothing is trained, to update batch norm: set total_steps, the number of optimizer "
+                f"steps without this epoch, {type(self).__name__}(..., total_steps="
+                f"{int(steps * (trainer.max_epochs - 1) / trainer.max_epochs)})"
+            )
         if not trainer.lightning_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(self).__name__} follows a schedule over the whole run, and under manual optimization the "
@@ -200,6 +218,13 @@ class AfterScheduledStep(AfterOptimizerStep):
                 "an optimizer steps"
             )
         return int(steps)
+
+
+def _adds_an_epoch(trainer: Trainer) -> bool:
+    """Whether StochasticWeightAveraging makes the run longer, which it does for modules with batch norm."""
+    kinds = {kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__}  # type: ignore[attr-defined]
+    has_norms = any(isinstance(module, _BatchNorm) for module in trainer.lightning_module.modules())
+    return "StochasticWeightAveraging" in kinds and has_norms and trainer.max_epochs not in (None, -1)
 
 
 def refuse_deepspeed(trainer: Trainer, callback: str, reason: str) -> None:

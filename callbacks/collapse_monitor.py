@@ -166,6 +166,7 @@ class CollapseMonitorCallback(Checked):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove the hook."""
+        super().on_exception(trainer, pl_module, exception)
         self._end_measurement()
 
     def state_dict(self) -> dict[str, Any]:

@@ -98,6 +98,8 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         """Continue with the records of a resumed run."""
         super().load_state_dict(state_dict)
         self._records = {name: _Record(**record) for name, record in state_dict["records"].items()}
+        for freeze in self._freezes:  # within a run, as after the learning rate finder
+            freeze.record = self._records.setdefault(freeze.name, freeze.record)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reset the state of an earlier run, before a checkpoint is loaded."""
@@ -132,6 +134,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Cancel gradients. Each call reads the limit, as `trainer.current_epoch` is correct after a resume too."""
+        super().on_after_backward(trainer, pl_module)
         for freeze in self._running:
             if self._is_frozen(freeze, trainer):
                 self._cancel(freeze, trainer)
@@ -140,6 +143,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Cancel gradients of a backward that did not call `on_after_backward`."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         for freeze in self._running:
             if freeze.has_gradient() and self._is_frozen(freeze, trainer):
                 self._cancel(freeze, trainer)

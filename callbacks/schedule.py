@@ -94,7 +94,6 @@ class ScheduleCallback(AfterScheduledStep):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the target again, because callbacks that unfreeze a backbone add parameter groups."""
-        super().on_train_epoch_start(trainer, pl_module)
         self._find_target(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

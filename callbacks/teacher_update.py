@@ -162,6 +162,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Raise an error if a value of the losses is not finite."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if self._losses is not None:
             self._losses.require_finite()
 

@@ -4,24 +4,33 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
 from dino_head.callbacks._checks.layout import Pairs
 from dino_head.callbacks._checks.modes import check_modes
 from dino_head.callbacks._checks.teacher import TeacherCheck
 
 DEFAULT_PAIRS = (("student", "teacher"),)
+INSIDE_WINDOW = "dino_head_inside_accumulation_window"  # key of a checkpoint
+LOST = (
+    ": Lightning saves no gradients, so a resumed run loses those of the window and differs from an uninterrupted one. "
+    "Write checkpoints after optimizer steps, ModelCheckpoint(every_n_train_steps=...), and validate after them, "
+    "val_check_interval as a multiple of accumulate_grad_batches"
+)
 
 
 class Checked(Callback):
     """Base class of the callbacks. The first of them in a Trainer checks modes and teacher, once for all.
 
-    Modes are checked at the first batch of each epoch, when all hooks that may set them have been called.
+    Modes are checked at the first batch of each epoch, when all hooks that may set them have been called. A checkpoint
+    that is written inside an accumulation window causes a warning, and another one when a run is resumed from it.
     """
 
     teacher_check: TeacherCheck | None = None  # of this run, the same for all callbacks of the Trainer
     _is_first = False
+    _holds_gradients = False  # whether a backward has run since the last optimizer step
     _checked_epoch = -1
-    _mode_warnings: frozenset[str] = frozenset()
+    _reported: frozenset[str] = frozenset()
 
     @property
     def updated_pairs(self) -> Pairs:
@@ -36,7 +45,7 @@ class Checked(Callback):
             check = TeacherCheck(trainer, pl_module, _pairs(trainer))
             for callback in ours:
                 callback.teacher_check = check
-            self._checked_epoch, self._mode_warnings = -1, frozenset()
+            self._checked_epoch, self._reported, self._holds_gradients = -1, frozenset(), False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Check, when all hooks of the previous batch have been called."""
@@ -48,18 +57,51 @@ class Checked(Callback):
         self.teacher_check.look(trainer)
         self.teacher_check.follow_next()
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that there are gradients."""
+        self._holds_gradients = pl_module.automatic_optimization
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Note that the optimizer uses the gradients."""
+        self._holds_gradients = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Warn, if the checkpoint is written inside an accumulation window."""
+        if self._is_first and self._holds_gradients and INSIDE_WINDOW not in checkpoint:
+            checkpoint[INSIDE_WINDOW] = True
+            self._warn(
+                f"a checkpoint was written inside an accumulation window (epoch {trainer.current_epoch}, batch "
+                f"{trainer.fit_loop.batch_idx}){LOST}"
+            )
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Warn, if the checkpoint was written inside an accumulation window."""
+        if checkpoint.get(INSIDE_WINDOW) and _ours(trainer)[0] is self:
+            self._warn(f"the run is resumed from a checkpoint that was written inside an accumulation window{LOST}")
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check after the last batch."""
         if self._is_first and self.teacher_check is not None:
             self.teacher_check.look(trainer, is_last=True)
+            self.teacher_check.end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the checks."""
+        if self._is_first and self.teacher_check is not None:
+            self.teacher_check.end()
 
     def _check_modes(self, trainer: Trainer, pl_module: LightningModule) -> None:
         modules = dict(pl_module.named_modules())
         pairs = _pairs(trainer) or [pair for pair in DEFAULT_PAIRS if modules.keys() >= {*pair}]
-        warnings = frozenset(check_modes(pl_module, pairs))
-        for warning in warnings - self._mode_warnings:
-            rank_zero_warn(warning)
-        self._mode_warnings |= warnings
+        for warning in check_modes(pl_module, pairs):
+            self._warn(warning)
+
+    def _warn(self, text: str) -> None:
+        """Warn once in a run."""
+        kind = text.split("(")[0]
+        if kind not in self._reported:
+            self._reported |= {kind}
+            rank_zero_warn(text)
 
 
 def _ours(trainer: Trainer) -> list[Checked]:

@@ -58,6 +58,7 @@ class TeacherCheck:
         self._parameters = dict(pl_module.named_parameters())
         self._start = self._latest = fingerprint(list(self._parameters.values()))
         self._identities = self._now_identities()
+        self._restore: Callable[[], None] | None = None
         in_pairs = {
             id(parameter)
             for _, teacher in pairs
@@ -106,19 +107,27 @@ class TeacherCheck:
         if self._shares_memory() or self._steps > STEPS + TRIES:
             self._is_done = True
             return
-        module, training_step = self.pl_module, self.pl_module.training_step
-        previous = vars(module).get("training_step")  # of a compiled module
+        self.end()  # of a batch that was skipped
+        training_step, own = self.pl_module.training_step, vars(self.pl_module).get("training_step")
+
+        def restore() -> None:
+            if own is None:
+                del self.pl_module.training_step
+            else:
+                self.pl_module.training_step = own
 
         def follow(*args: Any, **kwargs: Any) -> Any:
-            if previous is None:
-                del module.training_step
-            else:
-                module.training_step = previous
+            self.end()
             return self._follow(training_step, args, kwargs)
 
-        if not getattr(training_step, "follows", False):
-            follow.follows = True  # type: ignore[attr-defined]
-            module.training_step = follow  # type: ignore[method-assign]
+        self._restore = restore
+        self.pl_module.training_step = follow  # type: ignore[method-assign]
+
+    def end(self) -> None:
+        """Give the module back its own training step."""
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
 
     def _follow(self, training_step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         flow = Flow(self._parameters)
