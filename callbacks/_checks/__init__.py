@@ -6,11 +6,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
-from dino_head.callbacks._checks.layout import Pairs
+from dino_head.callbacks._checks.layout import DEFAULT, Pairs
 from dino_head.callbacks._checks.modes import check_modes
 from dino_head.callbacks._checks.teacher import TeacherCheck
 
-DEFAULT_PAIRS = (("student", "teacher"),)
 INSIDE_WINDOW = "dino_head_inside_accumulation_window"  # key of a checkpoint
 LOST = (
     ": Lightning saves no gradients, so a resumed run loses those of the window and differs from an uninterrupted one. "
@@ -92,7 +91,7 @@ class Checked(Callback):
 
     def _check_modes(self, trainer: Trainer, pl_module: LightningModule) -> None:
         modules = dict(pl_module.named_modules())
-        pairs = _pairs(trainer) or [pair for pair in DEFAULT_PAIRS if modules.keys() >= {*pair}]
+        pairs = _pairs(trainer) or [pair for pair in DEFAULT if modules.keys() >= {*pair}]
         for warning in check_modes(pl_module, pairs):
             self._warn(warning)
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from dino_head.head import DINOProjectionHead
 
 PAIRS = 'pairs=(("student", "teacher"),)'  # the argument, as errors show it
+DEFAULT = (("student", "teacher"),)
 Pairs = Sequence[tuple[str, str]]  # names of (student, teacher) submodules
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
@@ -61,12 +62,12 @@ def read(values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> lis
 
 
 def matching_pairs(pl_module: nn.Module, teachers: Collection[str], students: Collection[str]) -> list[tuple[str, str]]:
-    """Names of (student, teacher) modules of equal structure, so that the pairs cover as many parameters as possible.
+    """Names of the largest modules of teachers, each with the student of equal structure whose name is most similar.
 
     Args:
         pl_module: Module that contains both sides.
-        teachers: Names of parameters; a teacher module contains no others.
-        students: Names of parameters; a student module contains one at least that a teacher follows, and no teacher's.
+        teachers: Names of the parameters of teachers. A teacher module contains no others, and a student module none.
+        students: Names of parameters that are trained. A teacher whose student has none of them is left out.
     """
     shapes = {name: parameter.shape for name, parameter in pl_module.named_parameters()}
     parts = {
@@ -76,27 +77,30 @@ def matching_pairs(pl_module: nn.Module, teachers: Collection[str], students: Co
         for module, _ in pl_module.named_modules()
         if module
     }
-    pairs: list[tuple[str, str]] = []
+    found: dict[str, str] = {}  # students by teachers
     for teacher, own in parts.items():  # parents come before their children
-        is_covered = any(teacher.startswith(f"{other}.") for _, other in pairs)
+        is_covered = any(teacher.startswith(f"{other}.") for other in found)
         if is_covered or not own or not set(own.values()) <= set(teachers):
             continue
         candidates = [
             (len(theirs) == len(own), difflib.SequenceMatcher(None, student, teacher).ratio(), student)
             for student, theirs in parts.items()
             if set(theirs.values()).isdisjoint(teachers)
-            and any(theirs.get(name) in students for name in own)
             and all(name in theirs and shapes[theirs[name]] == shapes[own[name]] for name in own)
         ]
         if candidates:
-            pairs.append((max(candidates)[2], teacher))
-    return pairs
+            found[teacher] = max(candidates)[2]
+    return [
+        (student, teacher)
+        for teacher, student in found.items()
+        if any(parts[student][name] in students for name in parts[teacher])
+    ]
 
 
 def as_arguments(pl_module: nn.Module, pairs: Pairs) -> str:
     """The arguments of our callbacks for these pairs, as code."""
     written = ", ".join(f'("{student}", "{teacher}")' for student, teacher in pairs)
-    arguments = f"TeacherUpdateCallback(pairs=({written},))"
+    arguments = f"TeacherUpdateCallback({'' if tuple(pairs) == DEFAULT else f'pairs=({written},)'})"
     backbone = next((name for _, teacher in pairs if (name := _without_head(pl_module, teacher))), None)
     if backbone not in (None, "teacher.backbone"):
         arguments += f', KNNProbeCallback(module="{backbone}"), ReportCallback(module="{backbone}")'
@@ -105,11 +109,9 @@ def as_arguments(pl_module: nn.Module, pairs: Pairs) -> str:
 
 def _without_head(pl_module: nn.Module, teacher: str) -> str | None:
     """The part of a teacher in front of its head; None for a head."""
-    module = pl_module.get_submodule(teacher)
-    if isinstance(module, DINOProjectionHead):
-        return None
-    if not any(isinstance(child, DINOProjectionHead) for child in module.modules()):
-        return teacher
-    return next(
-        (f"{teacher}.{name}" for name, child in module.named_children() if any(True for _ in child.parameters())), None
-    )
+    part = None
+    for name, module in [("", pl_module.get_submodule(teacher)), *pl_module.get_submodule(teacher).named_children()]:
+        if isinstance(module, DINOProjectionHead):
+            return part
+        part = f"{teacher}.{name}".rstrip(".")
+    return teacher

@@ -72,7 +72,7 @@ def _check_teacher(pl_module: LightningModule, student: str, teacher: str) -> li
     ]
     if still:
         warnings.append(
-            f"{_listed(f'{teacher}.{name}'.rstrip('.') for name in still)} of the teacher is batch norm in evaluation "
+            f"the teacher's batch norm ({_listed(f'{teacher}.{name}'.rstrip('.') for name in still)}) is in evaluation "
             "mode: only parameters are averaged, so its running statistics stay those of the start, and the teacher's "
             f"features become worse. Call {teacher}.train(), as DINO's authors do, or use layers without batch norm "
             "(DINOProjectionHead(batch_norm=False))"
@@ -83,8 +83,8 @@ def _check_teacher(pl_module: LightningModule, student: str, teacher: str) -> li
         if norms:
             remedy = "Call eval() on these modules alone, as the teacher's batch norm has to stay in training mode"
         warnings.append(
-            f"{_listed(f'{teacher}.{name}'.rstrip('.') for name in noisy)} of the teacher acts randomly in training "
-            f"mode (drop path, dropout or random positions), which makes its targets noisy. {remedy}"
+            f"the teacher acts randomly in training mode ({_listed(f'{teacher}.{name}'.rstrip('.') for name in noisy)}: "
+            f"drop path, dropout or random positions), which makes its targets noisy. {remedy}"
         )
     return warnings
 

@@ -44,17 +44,19 @@ class TeacherCheck:
     Attributes:
         outcome: What was observed of the teacher's parts outside the pairs.
         has_warned: Whether it was reported that nothing updates the teacher.
+        wait: Number of optimizer steps, after the one that first changed the student, after which it judges.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, pairs: Pairs) -> None:
         self.pl_module, self.pairs = pl_module, pairs
-        self.outcome, self.has_warned = "not checked", False
+        self.outcome, self.has_warned, self.wait = "not checked", False, STEPS
         self._losses = [module for module in pl_module.modules() if isinstance(module, DINOLoss)]
         self._is_done = not self._losses
         self._steps = 0  # that changed a trained parameter
         self._batches = 0
         self._global_step = trainer.global_step
         self._teachers: set[str] = set()  # parameters that feed only the teacher's outputs of a loss
+        self._students: set[str] = set()  # parameters that feed the student's
         self._parameters = dict(pl_module.named_parameters())
         self._start = self._latest = fingerprint(list(self._parameters.values()))
         self._identities = self._now_identities()
@@ -94,17 +96,17 @@ class TeacherCheck:
         just_now, changed = (set(compress(self._parameters, part)) for part in (values[:count], values[count:]))
         self._steps += any(self._parameters[name].requires_grad for name in just_now)
         suspects = self._frozen - changed - written
-        if self._steps >= STEPS and not suspects:
+        if self._steps >= self.wait and not suspects:
             self._is_done, self.outcome = True, "none"
-        elif self._steps > STEPS and self._teachers:
+        elif self._steps > self.wait and self._teachers:
             self._is_done = True
-            self._judge(suspects & self._teachers, changed)
+            self._judge(suspects, changed)
 
     def follow_next(self) -> None:
         """Follow the parameters through the coming training step, if necessary; the step computes the same values."""
-        if self._is_done or self._steps < STEPS or self._teachers:
+        if self._is_done or self._steps < self.wait or self._teachers:
             return
-        if self._shares_memory() or self._steps > STEPS + TRIES:
+        if self._shares_memory() or self._steps > self.wait + TRIES:
             self._is_done = True
             return
         self.end()  # of a batch that was skipped
@@ -142,32 +144,38 @@ class TeacherCheck:
 
         hooks = [loss.register_forward_pre_hook(note, with_kwargs=True) for loss in self._losses]
         try:
-            with flow:
+            with torch.compiler.set_stance("force_eager"), flow:
                 return training_step(*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
-            self._teachers = teachers - students
+            self._teachers, self._students = teachers - students, students
 
-    def _judge(self, stuck: set[str], changed: set[str]) -> None:
+    def _judge(self, suspects: set[str], changed: set[str]) -> None:
         """Compare the teacher's parameters that did not change with the student's that did."""
-        pairs = [pair for pair in matching_pairs(self.pl_module, stuck, changed) if self._should_have_changed(*pair)]
+        stuck = suspects & self._teachers
+        trained = {name for name in changed if self._parameters[name].requires_grad}
+        pairs = [
+            (student, teacher)
+            for student, teacher in matching_pairs(self.pl_module, suspects - self._students, trained)
+            if any(name.startswith(f"{teacher}.") for name in stuck) and self._should_have_changed(student, teacher)
+        ]
         students, teachers = (", ".join(names) for names in zip(*pairs, strict=True)) if pairs else ("", "")
         is_updated = bool(self.pairs or self._teachers & changed or self._teachers & self._written())
         covered = {name for name in stuck for _, teacher in pairs if name.startswith(f"{teacher}.")}
-        self.outcome = "none"
+        self.outcome = f"{teachers} not updated" if pairs else "none"
         if is_updated and pairs:
             raise MisconfigurationException(
-                f"the teacher is updated in part: the loss uses {teachers}, which has not changed in the {STEPS} "
-                f"optimizer steps since {students} first changed, and is in no pair. Name all parts: "
+                f"the teacher is updated in part: the loss uses {teachers}, which did not change in the {self.wait} "
+                f"optimizer steps after {students} first changed, and is in no pair. Name all parts: "
                 f"{as_arguments(self.pl_module, [*self.pairs, *pairs])}"
             )
         if pairs and covered == stuck:  # otherwise the teacher is another architecture
             self.has_warned = True
             rank_zero_warn(
-                f"teacher does not follow: {teachers} has not changed in the {STEPS} optimizer steps since {students} "
-                f"first changed. Add {as_arguments(self.pl_module, pairs)} to the Trainer's callbacks. (If your own "
-                "code updates the teacher less often, ignore this.)"
+                f"teacher does not follow: {teachers} did not change in the {self.wait} optimizer steps after "
+                f"{students} first changed. Add {as_arguments(self.pl_module, pairs)} to the Trainer's callbacks, for a fixed "
+                "teacher with base_momentum=1. (If your own code updates it less often, ignore this.)"
             )
 
     def _should_have_changed(self, student: str, teacher: str) -> bool:
