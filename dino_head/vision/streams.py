@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dino_head.vision.files import BadFiles
 from dino_head.vision.images import Images
+from dino_head.vision.loaders import stop_signals_blocked
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -62,7 +63,8 @@ class ImageStream(IterableDataset[Any]):
 class StreamLoader(DataLoader[Any]):
     """A DataLoader of an `ImageStream` whose order depends only on seed and epoch.
 
-    A run that is resumed inside an epoch starts the stream of this epoch from the beginning.
+    A run that is resumed inside an epoch starts the stream of this epoch from the beginning. With
+    `Trainer(overfit_batches=...)`, all epochs have the order of the first.
 
     Args:
         stream: Stream whose `rows` have a method `set_epoch`.
@@ -77,5 +79,8 @@ class StreamLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Start at the first batch, because the Trainer of a resumed run does not know its epoch earlier."""
-        self.dataset.rows.set_epoch(self.trainer.current_epoch)  # type: ignore[attr-defined]
-        yield from super().__iter__()
+        epoch = 0 if self.trainer.overfit_batches else self.trainer.current_epoch
+        self.dataset.rows.set_epoch(epoch)  # type: ignore[attr-defined]
+        with stop_signals_blocked():
+            batches = super().__iter__()
+        yield from batches
