@@ -43,11 +43,11 @@ class ResumableLoader(DataLoader[Any]):
             raise ValueError(
                 f"{samples} samples for each process are fewer than a batch of {batch_size}: use a smaller batch size"
             )
-        if trainer.overfit_batches:  # Lightning creates the loader again, from its attributes and with another sampler
+        overfits = bool(getattr(trainer, "overfit_batches", 0))
+        if overfits:  # Lightning creates the loader again, from its attributes and with another sampler
             for name in ("sampler", "batch_sampler", "shuffle", "drop_last"):
                 options.pop(name, None)
-        share = {"num_replicas": trainer.world_size, "rank": trainer.global_rank, "drop_last": True}
-        sampler = _RestOfEpoch(dataset, shuffle=not trainer.overfit_batches, seed=seed, **share)
+        sampler = _RestOfEpoch(dataset, trainer.world_size, trainer.global_rank, not overfits, seed, drop_last=True)
         sampler.loader, sampler.trainer, sampler.batch_size = self, trainer, batch_size
         self.trainer, self.seed = trainer, seed
         super().__init__(dataset, batch_size, sampler=sampler, drop_last=True, **options)
@@ -74,10 +74,10 @@ class _RestOfEpoch(DistributedSampler[Any]):
     batch_size: int
 
     def __iter__(self) -> Iterator[Any]:
-        # A callback, too, may read the training data, with a loader of its own: it gets all batches.
-        is_trained_on = any(loader is self.loader for loader in tree_leaves(self.trainer.train_dataloader))
-        # 0, except in a run that is resumed inside an epoch
-        batches = self.trainer.fit_loop.batch_idx + 1 if is_trained_on else 0
+        trained_on = getattr(self.trainer, "train_dataloader", None)
+        if trained_on is not None and all(loader is not self.loader for loader in tree_leaves(trained_on)):
+            return super().__iter__()  # a callback that reads the training data
+        batches = self.trainer.fit_loop.batch_idx + 1  # 0, except in a run that is resumed inside an epoch
         return itertools.islice(super().__iter__(), batches * self.batch_size, None)
 
 

@@ -79,7 +79,7 @@ class StreamLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Start at the first batch, because the Trainer of a resumed run does not know its epoch earlier."""
-        epoch = 0 if self.trainer.overfit_batches else self.trainer.current_epoch
+        epoch = 0 if getattr(self.trainer, "overfit_batches", 0) else self.trainer.current_epoch
         self.dataset.rows.set_epoch(epoch)  # type: ignore[attr-defined]
         with stop_signals_blocked():
             batches = super().__iter__()
