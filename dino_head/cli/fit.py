@@ -125,7 +125,7 @@ class FitCLI(LightningCLI):
         callbacks = list(given) if isinstance(given, list) else [given]
         if not getattr(self.datamodule, "has_classes", True):
             callbacks = [callback for callback in callbacks if not isinstance(callback, KNNProbeCallback)]
-        _refuse_callbacks(callbacks)
+        _refuse_savers_on_exception(callbacks)
         for callback in (Timer(), CheckBackbone()):
             if not any(isinstance(other, type(callback)) for other in callbacks):
                 callbacks.append(callback)
@@ -147,18 +147,13 @@ class FitCLI(LightningCLI):
         return trainer
 
 
-def _refuse_callbacks(callbacks: Sequence[Callback]) -> None:
-    """Raise ValueError for callbacks of Lightning after which a run does not resume exactly."""
+def _refuse_savers_on_exception(callbacks: Sequence[Callback]) -> None:
+    """Raise ValueError for callbacks that save after an error."""
     for callback in callbacks:
-        if isinstance(callback, OnExceptionCheckpoint):
+        if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
             raise ValueError(
-                "OnExceptionCheckpoint saves in the middle of a batch, where no run resumes exactly, and Lightning "
-                "loads its file even without --resume: remove it; after an error, --resume continues from the last "
-                "checkpoint"
-            )
-        if isinstance(callback, Timer) and callback.time_remaining() is not None:
-            raise ValueError(
-                "Timer(duration=...) ends a run as if it were complete: use --max-time, which saves a checkpoint"
+                f"{type(callback).__name__} would save after an error, in the middle of a batch, where no run resumes "
+                "exactly: remove it (or save_on_exception); --resume continues from the last checkpoint before the error"
             )
 
 
