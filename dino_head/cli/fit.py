@@ -153,7 +153,7 @@ def _refuse_savers_on_exception(callbacks: Sequence[Callback]) -> None:
         if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
             raise ValueError(
                 f"{type(callback).__name__} would save after an error, in the middle of a batch, where no run resumes "
-                "exactly: remove it (or save_on_exception); --resume continues from the last checkpoint before the error"
+                "exactly: remove it (or save_on_exception). After an error, --resume continues from the last checkpoint"
             )
 
 

@@ -77,7 +77,8 @@ class _RestOfEpoch(DistributedSampler[Any]):
         trained_on = getattr(self.trainer, "train_dataloader", None)
         if trained_on is not None and all(loader is not self.loader for loader in tree_leaves(trained_on)):
             return super().__iter__()  # a callback that reads the training data
-        batches = self.trainer.fit_loop.batch_idx + 1  # 0, except in a run that is resumed inside an epoch
+        # 0, except in a run that is resumed inside an epoch. The Trainer repeats a loader beside a longer one.
+        batches = (self.trainer.fit_loop.batch_idx + 1) % (self.num_samples // self.batch_size)
         return itertools.islice(super().__iter__(), batches * self.batch_size, None)
 
 

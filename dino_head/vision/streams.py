@@ -67,14 +67,14 @@ class StreamLoader(DataLoader[Any]):
     `Trainer(overfit_batches=...)`, all epochs have the order of the first.
 
     Args:
-        stream: Stream whose `rows` have a method `set_epoch`.
+        dataset: Stream whose `rows` have a method `set_epoch`.
         batch_size: Number of images in a batch of one process.
         trainer: Trainer that trains on the batches.
         options: Options of DataLoader, such as num_workers.
     """
 
-    def __init__(self, stream: Any, batch_size: int, trainer: "Trainer", **options: Any) -> None:
-        super().__init__(stream, batch_size, **options)
+    def __init__(self, dataset: Any, batch_size: int, trainer: "Trainer", **options: Any) -> None:
+        super().__init__(dataset, batch_size, **options)
         self.trainer = trainer
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]

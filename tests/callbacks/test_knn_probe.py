@@ -14,11 +14,13 @@ from helpers.toy_training import rules, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from dino_head.callbacks import KNNProbeCallback
 from dino_head.metrics import KNNAccuracy
+from dino_head.vision import ResumableLoader
 
 
 def seeded(**options):
@@ -313,6 +315,59 @@ class WithVal(Datamodule):
 class Own(Datamodule):
     def knn_dataloaders(self):
         return labelled(30, seed=6), labelled(20, seed=7)
+
+
+class Several(Datamodule):
+    """Validation loaders in a form that a Trainer accepts; the first is labelled(20, seed=5)."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def val_dataloader(self):
+        return self.form([labelled(20, seed=5), labelled(20, seed=8)])
+
+
+FORMS = {
+    "list": list,
+    "dict": lambda loaders: dict(zip("ba", loaders, strict=True)),
+    "CombinedLoader": lambda loaders: CombinedLoader(loaders, "sequential"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `val_dataloader`", "ignore:You passed in a `val_dataloader`")
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_of_several_validation_loaders_the_first_is_probed(form):
+    for watch in (KNNProbeCallback(k=5), probe(test=form([labelled(20, seed=5), labelled(20, seed=8)]))):
+        module = seeded()
+        trainer(watch, max_epochs=1).fit(module, Several(form))
+        assert watch.history[0]["top1"] == pytest.approx(accuracy(module, labelled(), labelled(20, seed=5)))
+
+
+def test_training_data_in_a_resumable_loader_vote_whole():
+    """Its order skips the batches on which the Trainer has trained, which here are all."""
+
+    class Resumable(Datamodule):
+        def train_dataloader(self):
+            return ResumableLoader(labelled().dataset, 4, self.trainer)
+
+    watch, module = KNNProbeCallback(k=5), seeded()
+    trainer(watch, max_epochs=2).fit(module, Resumable())
+    assert watch.history[-1]["top1"] == pytest.approx(accuracy(module, labelled(), labelled(20, seed=4)))
+
+
+def test_the_probe_keeps_its_loaders_when_the_trainer_reloads():
+    created = []
+
+    class Reloaded(Datamodule):
+        def test_dataloader(self):
+            created.append(1)
+            return super().test_dataloader()
+
+    watch = KNNProbeCallback(k=5)
+    trainer(watch, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(seeded(), Reloaded())
+    assert len(created) == 1
+    assert len(watch.history) == 3
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `val_dataloader`", "ignore:You passed in a `val_dataloader`")

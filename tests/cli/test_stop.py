@@ -25,11 +25,12 @@ from dino_head.cli.fit import FitCLI
 from dino_head.cli.run_folder import open_run
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The number of training batches", "ignore:You defined a `validation_step`"),
+    pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train dataloader shuffling"),
     pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows has no such signals"),
 ]
 PLAIN, ACCUMULATED = [], ["--trainer.accumulate_grad_batches=3"]
 MAX_STEPS, ONE_BATCH = ["--trainer.max_steps=10"], ["--trainer.limit_train_batches=1"]
+RELOADED, OVERFIT = ["--trainer.reload_dataloaders_every_n_epochs=2"], ["--trainer.overfit_batches=2"]
 VALIDATED = ["--trainer.limit_val_batches=1.0", "--trainer.val_check_interval=2", "--trainer.num_sanity_val_steps=0"]
 
 
@@ -78,6 +79,8 @@ def stop(out, event, action, *options):
     (ACCUMULATED, ("step", 7), "SIGTERM", 143, 8),  # a window of one, at the end of an epoch
     (MAX_STEPS, ("step", 7), "SIGTERM", 143, 9),  # Lightning cannot resume from the end of this epoch
     (ONE_BATCH, ("step", 0), "SIGTERM", 143, 1),
+    (RELOADED, ("step", 5), "SIGTERM", 143, 6),
+    (OVERFIT, ("step", 2), "SIGTERM", 143, 3),
     (VALIDATED, ("step", 5), "SIGTERM", 143, 6),  # before a validation
     (VALIDATED, ("validation", 1), "SIGTERM", 143, 6),  # in it
     (VALIDATED, ("step", 7), "SIGTERM", 143, 8),  # before a validation and the end of an epoch
@@ -303,3 +306,15 @@ def test_two_processes_stop_together_if_one_gets_the_signal(tmp_path):
         assert codes == {"SIGTERM": 143, "SIGUSR1": 138}
         assert saved == {"SIGTERM": 6, "SIGUSR1": 6}
         assert same
+
+
+@pytest.mark.parametrize("option", ["detect_anomaly=true", "profiler=simple", "use_distributed_sampler=false"])
+def test_options_that_only_watch_change_no_result(option, uninterrupted, tmp_path):
+    run(tmp_path / "run", f"--trainer.{option}")
+    torch.testing.assert_close(result(tmp_path / "run")[0], uninterrupted(PLAIN)[1][0], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_a_barebones_run_trains_without_a_logger(tmp_path):
+    cli = run(tmp_path / "run", "--trainer.barebones=true", "--trainer.callbacks=null")
+    assert (cli.trainer.global_step, cli.trainer.loggers) == (12, [])

@@ -126,7 +126,7 @@ def run_and_signal_group(folder: Path) -> None:
 
 
 def run_stop_and_resume(folder: Path) -> tuple[dict[str, Any], dict[str, int], bool]:
-    """In two processes, of which one gets a signal: exit codes, batches until then, and whether the results are equal."""
+    """In two processes, one of which gets a signal: exit codes, batches until then, whether the results are equal."""
     warnings.simplefilter("ignore")
     two, rank = ("--devices=2",), int(os.environ["RANK"])
     run(folder / "whole", *two)
@@ -144,3 +144,10 @@ def run_stop_and_resume(folder: Path) -> tuple[dict[str, Any], dict[str, int], b
         one, other = result(out)[0], result(folder / "whole")[0]
         same = same and all(torch.equal(one["state_dict"][key], value) for key, value in other["state_dict"].items())
     return codes, saved, same
+
+
+def overfit_batches(folder: Path) -> list[Any]:
+    """In two processes: the labels of each batch of this one."""
+    warnings.simplefilter("ignore")
+    run(folder / "run", "--devices=2", "--trainer.overfit_batches=2")
+    return [event[3] for event in Model.events if event[0] == "step"]
