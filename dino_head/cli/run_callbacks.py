@@ -47,7 +47,6 @@ class CheckpointOnInterrupt(Checkpoint):
         self.exit_code = 0
         self.has_saved = False
         self.received: list[int] = []  # signals
-        self.process = os.getpid()
         self.group: dist.ProcessGroup | None = None  # of all processes, on CPUs
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,8 +61,6 @@ class CheckpointOnInterrupt(Checkpoint):
             self.group = dist.new_group(backend="gloo")  # asks no device, which would have to finish its work first
 
     def _receive(self, number: int, _: Any) -> None:
-        if os.getpid() != self.process:  # a forked worker
-            return
         if number in self.received:
             raise KeyboardInterrupt
         self.received.append(number)

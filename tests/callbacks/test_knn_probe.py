@@ -356,6 +356,24 @@ def test_training_data_in_a_resumable_loader_vote_whole():
     assert watch.history[-1]["top1"] == pytest.approx(accuracy(module, labelled(), labelled(20, seed=4)))
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `val_dataloader`", "ignore:You passed in a `val_dataloader`")
+def test_a_run_resumed_between_validation_and_the_end_of_the_epoch_probes_once(tmp_path):
+    class Validated(TinyDINO):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    def run(watch, **options):
+        module = seeded()
+        module.__class__ = Validated
+        save = ModelCheckpoint(tmp_path, filename="validated", save_on_train_epoch_end=False)
+        trainer(watch, save, max_epochs=1, enable_checkpointing=True).fit(module, WithVal(), **options)
+        return watch.history
+
+    whole = run(KNNProbeCallback(k=5))
+    assert len(whole) == 1
+    assert run(KNNProbeCallback(k=5), ckpt_path=tmp_path / "validated.ckpt") == whole
+
+
 def test_the_probe_keeps_its_loaders_when_the_trainer_reloads():
     created = []
 
