@@ -133,7 +133,7 @@ class FitCLI(LightningCLI):
         if (logger is None or logger is True) and not settings["barebones"]:
             logger = CSVLogger(self.out, name="metrics")
         limit = Timer(settings["max_time"]).time_remaining()
-        # A max_time of the Trainer would end the run as if it were complete, and count the time before a resume.
+        # CheckpointOnInterrupt keeps the limit; Lightning would say that it ignores it beside the Timer.
         options = {"callbacks": callbacks, "logger": logger, "max_time": None, **kwargs}
         trainer = super().instantiate_trainer(**options)
         trainer.callbacks.append(CheckpointOnInterrupt(self.out, limit))  # type: ignore[attr-defined]

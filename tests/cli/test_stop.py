@@ -194,11 +194,12 @@ def test_a_run_in_jobs_of_limited_time_equals_the_uninterrupted_run_bitwise(opti
     torch.testing.assert_close(result(out)[0], whole[0], rtol=0, atol=0)
 
 
-def test_a_resumed_run_may_have_another_time_limit(tmp_path):
+def test_a_resumed_run_may_have_another_time_limit(tmp_path, caplog):
     out = tmp_path / "run"
     with pytest.raises(SystemExit):
         run(out, "--max-time", "00:00:00:00")
     assert run(out, "--trainer.max_time", "{hours: 1, minutes: 30}", "--resume").results["epochs"] == 3
+    assert "Ignoring" not in caplog.text  # Lightning, of a max_time beside a Timer
 
 
 @pytest.mark.parametrize(("option", "message"), [
@@ -316,5 +317,5 @@ def test_options_that_only_watch_change_no_result(option, uninterrupted, tmp_pat
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 def test_a_barebones_run_trains_without_a_logger(tmp_path):
-    cli = run(tmp_path / "run", "--trainer.barebones=true", "--trainer.callbacks=null")
+    cli = run(tmp_path / "run", "--trainer.barebones=true", "--trainer.callbacks=null", "--trainer.logger=null")
     assert (cli.trainer.global_step, cli.trainer.loggers) == (12, [])

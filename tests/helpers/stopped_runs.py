@@ -2,8 +2,10 @@
 
 import os
 import signal
+import subprocess
 import warnings
 from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -117,11 +119,19 @@ def send(name: str, times: int = 1) -> Callable[[], None]:
 
 
 def run_and_signal_group(folder: Path) -> None:
-    """In a process of its own: SIGTERM to this process and its workers, inside the second epoch."""
+    """In a process of its own: SIGTERM to it and its workers, inside the second epoch, from another process.
+
+    Workers end without an error at a SIGTERM of their parent.
+    """
     os.setsid()
     multiprocessing.set_start_method(None, force=True)  # else loaders' workers would start as this process did
     torch.set_num_threads(1)
-    Model.actions["step", 5] = lambda: os.killpg(0, signal.SIGTERM)
+
+    def act() -> None:
+        subprocess.run(["kill", "-TERM", "--", f"-{os.getpid()}"], check=True, start_new_session=True)
+        connection.wait([worker.sentinel for worker in multiprocessing.active_children()], timeout=0.5)
+
+    Model.actions["step", 5] = act
     run(folder, "--data.workers=1")
 
 
