@@ -12,10 +12,12 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -61,14 +63,14 @@ def labelled_loaders(
     """Return the two loaders; the datamodule (or the LightningModule) replaces one that is None.
 
     It calls `knn_dataloaders()` if this method exists, else train_dataloader() and val_dataloader() (or
-    test_dataloader()).
+    test_dataloader()). Of a list, a dict or a CombinedLoader of loaders, it takes the first.
     """
     if train is not None and test is not None:
-        return train, test
+        return _first_loader(train), _first_loader(test)
     data = trainer.datamodule or trainer.lightning_module  # type: ignore[attr-defined]
     if hasattr(data, "knn_dataloaders"):
         of_train, of_test = data.knn_dataloaders()  # type: ignore[operator]
-        return (of_train if train is None else train), (of_test if test is None else test)
+        return _first_loader(of_train if train is None else train), _first_loader(of_test if test is None else test)
     names = ("train_dataloader", "val_dataloader" if is_overridden("val_dataloader", data) else "test_dataloader")
     wanted = [name for name, given in zip(names, (train, test), strict=True) if given is None]
     missing = [name for name in wanted if not is_overridden(name, data)]
@@ -80,7 +82,14 @@ def labelled_loaders(
     of_train, of_test = (
         getattr(data, name)() if given is None else given for name, given in zip(names, (train, test), strict=True)
     )
-    return of_train, of_test
+    return _first_loader(of_train), _first_loader(of_test)
+
+
+def _first_loader(loaders: Any) -> Iterable[Any]:
+    """The first of several loaders, as a Trainer accepts them; any other iterable unchanged."""
+    leaves = loaders.flattened if isinstance(loaders, CombinedLoader) else tree_leaves(loaders)
+    is_several = isinstance(loaders, CombinedLoader) or isinstance(next(iter(leaves), None), DataLoader)
+    return next(iter(leaves), ()) if is_several else loaders
 
 
 def some_batches(loader: Iterable[Any], max_samples: int, rank: int = 0, world: int = 1) -> Iterator[Any]:

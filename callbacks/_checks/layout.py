@@ -61,13 +61,16 @@ def read(values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> lis
     return found
 
 
-def matching_pairs(pl_module: nn.Module, teachers: Collection[str], students: Collection[str]) -> list[tuple[str, str]]:
+def matching_pairs(
+    pl_module: nn.Module, teachers: Collection[str], students: Collection[str], others: Collection[str] = ()
+) -> list[tuple[str, str]]:
     """Names of the largest modules of teachers, each with the student of equal structure whose name is most similar.
 
     Args:
         pl_module: Module that contains both sides.
         teachers: Names of the parameters of teachers. A teacher module contains no others, and a student module none.
         students: Names of parameters that are trained. A teacher whose student has none of them is left out.
+        others: Names of further parameters that no student contains.
     """
     shapes = {name: parameter.shape for name, parameter in pl_module.named_parameters()}
     parts = {
@@ -85,7 +88,7 @@ def matching_pairs(pl_module: nn.Module, teachers: Collection[str], students: Co
         candidates = [
             (len(theirs) == len(own), difflib.SequenceMatcher(None, student, teacher).ratio(), student)
             for student, theirs in parts.items()
-            if set(theirs.values()).isdisjoint(teachers)
+            if set(theirs.values()).isdisjoint({*teachers, *others})
             and all(name in theirs and shapes[theirs[name]] == shapes[own[name]] for name in own)
         ]
         if candidates:

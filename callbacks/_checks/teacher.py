@@ -155,9 +155,10 @@ class TeacherCheck:
         """Compare the teacher's parameters that did not change with the student's that did."""
         stuck = suspects & self._teachers
         trained = {name for name in changed if self._parameters[name].requires_grad}
+        candidates = matching_pairs(self.pl_module, suspects - self._students, trained, self._teachers)
         pairs = [
             (student, teacher)
-            for student, teacher in matching_pairs(self.pl_module, suspects - self._students, trained)
+            for student, teacher in candidates
             if any(name.startswith(f"{teacher}.") for name in stuck) and self._should_have_changed(student, teacher)
         ]
         students, teachers = (", ".join(names) for names in zip(*pairs, strict=True)) if pairs else ("", "")
@@ -174,8 +175,8 @@ class TeacherCheck:
             self.has_warned = True
             rank_zero_warn(
                 f"teacher does not follow: {teachers} did not change in the {self.wait} optimizer steps after "
-                f"{students} first changed. Add {as_arguments(self.pl_module, pairs)} to the Trainer's callbacks, for a fixed "
-                "teacher with base_momentum=1. (If your own code updates it less often, ignore this.)"
+                f"{students} first changed. Add {as_arguments(self.pl_module, pairs)} to the Trainer's callbacks, for a "
+                "fixed teacher with base_momentum=1. (If your own code updates it less often, ignore this.)"
             )
 
     def _should_have_changed(self, student: str, teacher: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -125,13 +125,18 @@ class FitCLI(LightningCLI):
         callbacks = list(given) if isinstance(given, list) else [given]
         if not getattr(self.datamodule, "has_classes", True):
             callbacks = [callback for callback in callbacks if not isinstance(callback, KNNProbeCallback)]
-        for callback in (Timer(), CheckBackbone(), CheckpointOnInterrupt(self.out)):
+        _refuse_savers_on_exception(callbacks)
+        for callback in (Timer(), CheckBackbone()):
             if not any(isinstance(other, type(callback)) for other in callbacks):
                 callbacks.append(callback)
         logger = settings["logger"]
-        if logger is None or logger is True:
+        if (logger is None or logger is True) and not settings["barebones"]:
             logger = CSVLogger(self.out, name="metrics")
-        trainer = super().instantiate_trainer(**{"callbacks": callbacks, "logger": logger, **kwargs})
+        limit = Timer(settings["max_time"]).time_remaining()
+        # CheckpointOnInterrupt keeps the limit; Lightning would say that it ignores it beside the Timer.
+        options = {"callbacks": callbacks, "logger": logger, "max_time": None, **kwargs}
+        trainer = super().instantiate_trainer(**options)
+        trainer.callbacks.append(CheckpointOnInterrupt(self.out, limit))  # type: ignore[attr-defined]
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                 callback.dirpath = str((self.out / "checkpoints").resolve())
@@ -140,6 +145,16 @@ class FitCLI(LightningCLI):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         return trainer
+
+
+def _refuse_savers_on_exception(callbacks: Sequence[Callback]) -> None:
+    """Raise ValueError for callbacks that save after an error."""
+    for callback in callbacks:
+        if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
+            raise ValueError(
+                f"{type(callback).__name__} would save after an error, in the middle of a batch, where no run resumes "
+                "exactly: remove it (or save_on_exception). After an error, --resume continues from the last checkpoint"
+            )
 
 
 def _configs(configs: Any) -> list[str]:
@@ -184,10 +199,11 @@ def fit(arguments: Sequence[str]) -> FitCLI:
         Model, data and Trainer after the run.
 
     Raises:
-        SystemExit: The command is wrong, a part of this library refuses its arguments or data, or the run cannot write
-            its files.
+        SystemExit: The command is wrong, a part of this library refuses its arguments or data, the run cannot write
+            its files, or it was stopped by a signal or its time limit.
     """
     cli = FitCLI(arguments)
+    interrupt = _find(cli.trainer, CheckpointOnInterrupt)
     try:
         if cli.checkpoint is not None:
             cli.trainer.ckpt_path = cli.checkpoint  # an argument of fit would be unknown in the datamodule's setup
@@ -198,7 +214,10 @@ def fit(arguments: Sequence[str]) -> FitCLI:
         if not _is_ours(error):
             raise
         cli.command.error(str(error))
-    interrupt = _find(cli.trainer, CheckpointOnInterrupt)
+    except SystemExit as end:  # Lightning's, with code 1 or 0
+        if interrupt is None or not interrupt.exit_code:
+            raise
+        raise SystemExit(interrupt.exit_code) from end
     summary = cli.out / "summary.json"
     if interrupt is not None and not interrupt.has_trained and summary.exists():
         rank_zero_info(f"the run in {cli.out} was complete: nothing was changed")

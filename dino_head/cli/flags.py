@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -64,6 +65,12 @@ def _pixels(text: str) -> int:
     return value
 
 
+def _time(text: str) -> str:
+    if not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", text):
+        raise argparse.ArgumentTypeError(f"must be DD:HH:MM:SS (days, hours, minutes, seconds), got {text}")
+    return text
+
+
 def _devices(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdigit() else text
 
@@ -114,6 +121,7 @@ FLAGS = (
     Flag("local-size", "PIXELS", _pixels, "height and width of the local views", _to(f"{AUGMENT}.local_size")),
     Flag("stream", "STEPS", _at_least(1), "read the images as a stream, with epochs of STEPS steps", _rewrite_stream),
     Flag("precision", "NAME", str, "precision of the Trainer, such as bf16-mixed", _to("trainer.precision")),
+    Flag("max-time", "DD:HH:MM:SS", _time, "stop with a checkpoint after this time", _to("trainer.max_time")),
     Flag("devices", "N", _devices, "devices of the Trainer", _to("trainer.devices")),
     Flag(
         "seed",
@@ -146,7 +154,9 @@ recipes: {", ".join(recipes())}
 Set any other value by its full path, after the flags: --trainer.max_steps 100
 Options of a class:        dino-head fit --config digits --model.help dino_head.examples.dino_module.DINO
 Copy a recipe:             dino-head fit --config digits --print_config > mine.yaml
-Resume a stopped run:      dino-head fit --resume --out DIR""",
+Resume a stopped run:      dino-head fit --resume --out DIR
+
+Ctrl-C, SIGTERM, SIGUSR1 and --max-time save a checkpoint, and stop with exit code 130, 143, 138 and 124.""",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

@@ -1,55 +1,143 @@
 """Callbacks that `dino-head fit` adds to every run."""
 
+import os
 import shlex
 import signal
+import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+TIME_IS_UP = 124  # exit code, that of the command `timeout`
 
 
-class CheckpointOnInterrupt(Callback):
-    """On Ctrl-C, saves a checkpoint at the end of the batch and stops; a second Ctrl-C stops at once.
+class CheckpointOnInterrupt(Checkpoint):
+    """On a signal, or after a time limit, saves a checkpoint and stops at the first point that resumes exactly.
 
-    A resumed run then equals an uninterrupted one. Add this callback after all others.
+    The signals are Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2; the same one a second time stops at once. The point is the end
+    of the batch, except where Lightning would not resume exactly: with a validation after the batch, it is the
+    validation's end; inside an accumulation window, the window's end; at the last batch of an epoch, the epoch's end
+    (with max_steps, the end of the next batch). The last epoch is completed.
+
+    All processes stop together, whichever of them receive the signal. Under SLURM, the signal with which Lightning
+    requeues a job (SIGUSR1) also requeues it here, after the checkpoint. Append this callback to `trainer.callbacks`,
+    so that it runs after ModelCheckpoint.
 
     Args:
         out: Folder of the run; the checkpoint is out/checkpoints/interrupted.ckpt.
+        max_seconds: Time limit, from now on; None for no limit.
+
+    Attributes:
+        has_trained: Whether this process has trained on a batch.
+        exit_code: Exit code of a stopped run, 128 + number of the signal, or 124 after the time limit; 0 otherwise.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, max_seconds: float | None = None) -> None:
         self.out = out
-        self.has_trained = False  # in this process
-        self.is_interrupted = False
-        self.handler = signal.getsignal(signal.SIGINT)
+        self.deadline = float("inf") if max_seconds is None else time.monotonic() + max_seconds
+        self.has_trained = False
+        self.exit_code = 0
+        self.has_saved = False
+        self.received: list[int] = []  # signals
+        self.group: dist.ProcessGroup | None = None  # of all processes, on CPUs
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Handle Ctrl-C from now on, as there is something to save."""
-        self.is_interrupted = False
-        signal.signal(signal.SIGINT, self._interrupt)
+        """Handle the signals from now on, as there is something to save. Lightning restores the handlers."""
+        if trainer.received_sigterm:  # by Lightning's handler, which only sets this
+            self.received.append(signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+                if hasattr(signal, name):  # Windows has two of them
+                    signal.signal(getattr(signal, name), self._receive)
+        if trainer.world_size > 1:
+            self.group = dist.new_group(backend="gloo")  # asks no device, which would have to finish its work first
 
-    def _interrupt(self, *_: Any) -> None:
-        if self.is_interrupted:
+    def _receive(self, number: int, _: Any) -> None:
+        if number in self.received:
             raise KeyboardInterrupt
-        self.is_interrupted = True
+        self.received.append(number)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Save a checkpoint and stop, after Ctrl-C."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop, unless a validation or the end of the epoch follows, which a resumed run would skip."""
         self.has_trained = True
-        if self.is_interrupted:
-            file = self.out / "checkpoints" / "interrupted.ckpt"
-            trainer.save_checkpoint(file)
-            print(f"\nstopped and saved {file}. {how_to_resume(self.out)}")
-            raise KeyboardInterrupt
+        if not trainer.is_last_batch and not _validates_after(trainer, batch_idx):
+            self._stop_if_asked(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the handler of Ctrl-C."""
-        signal.signal(signal.SIGINT, self.handler)
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop after a validation inside an epoch."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.is_last_batch:
+            self._stop_if_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop, except in a run with max_steps, which Lightning does not resume exactly from the end of an epoch."""
+        if trainer.max_steps == -1 and trainer.current_epoch + 1 != trainer.max_epochs:
+            self._stop_if_asked(trainer)
+
+    def _stop_if_asked(self, trainer: Trainer) -> None:
+        is_complete = trainer.should_stop or trainer.global_step == trainer.max_steps
+        in_window = (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch
+        if is_complete or in_window:  # Lightning saves no gradients
+            return
+        code = torch.tensor(TIME_IS_UP if time.monotonic() > self.deadline else 0)
+        if self.received:
+            code = torch.tensor(128 + self.received[0])
+        if self.group is not None:
+            dist.all_reduce(code, dist.ReduceOp.MAX, self.group)
+        if not code:
+            return
+        self.exit_code = int(code)
+        file = self.out / "checkpoints" / "interrupted.ckpt"
+        trainer.save_checkpoint(file)
+        self.has_saved = True
+        if trainer.is_global_zero:
+            number = self.exit_code - 128
+            cause = "after the time limit" if number < 0 else f"by {signal.Signals(number).name}"
+            print(f"\nstopped {cause} and saved {file}. {how_to_resume(self.out)}", flush=True)
+            slurm = trainer._accelerator_connector.cluster_environment
+            if isinstance(slurm, SLURMEnvironment) and slurm.auto_requeue and number == slurm.requeue_signal:
+                _requeue()
+        raise KeyboardInterrupt
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore the handler of Ctrl-C."""
-        signal.signal(signal.SIGINT, self.handler)
+        """Set the exit code, also of a run that is stopped at once."""
+        if isinstance(exception, SIGTERMException):
+            self.exit_code = 128 + signal.SIGTERM
+        elif isinstance(exception, KeyboardInterrupt):
+            self.exit_code = self.exit_code or 128 + (self.received or [signal.SIGINT])[0]
+        if self.exit_code and not self.has_saved and trainer.is_global_zero:
+            print(f"\nstopped at once, without a new checkpoint. {how_to_resume(self.out)}", flush=True)
+
+
+def _validates_after(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether Lightning validates after this batch."""
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or not every or every == float("inf"):
+        return False
+    if epochs is None:  # counts batches over all epochs
+        return (trainer.fit_loop.total_batch_idx + 1) % every == 0
+    return (trainer.current_epoch + 1) % epochs == 0 and (batch_idx + 1) % every == 0
+
+
+def _requeue() -> None:
+    """Requeue the SLURM job of this process, as Lightning does."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True)
+        print(f"requeued SLURM job {job}", flush=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"SLURM job {job} is not requeued: {error}", flush=True)
 
 
 def how_to_resume(out: Path) -> str:

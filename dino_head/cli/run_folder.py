@@ -17,22 +17,29 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    return sorted((out / "checkpoints").glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+    """Checkpoints of a run, in no order: ours, and those with which Lightning requeues a SLURM job."""
+    return [*(out / "checkpoints").glob("*.ckpt"), *out.glob("hpc_ckpt_*.ckpt")]
 
 
-def check_readable(file: Path) -> None:
-    """Raise ValueError if the file, or the folder of a sharded checkpoint, is incomplete."""
+def check_readable(file: Path) -> int:
+    """Number of batches that the run of a checkpoint has trained on.
+
+    Raises:
+        ValueError: The file, or the folder of a sharded checkpoint, is incomplete.
+    """
     try:
         if file.is_dir():
-            torch.load(file / "meta.pt", map_location="cpu", weights_only=True)  # Lightning writes it last
+            saved = torch.load(file / "meta.pt", map_location="cpu", weights_only=True)  # Lightning writes it last
         else:
-            torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+            saved = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # without reading the weights
+            saved["state_dict"]
+        batches: int = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
     except Exception as error:  # depends on the damage
         raise ValueError(
             f"{file} is no complete checkpoint ({type(error).__name__}). Nothing was changed: use another checkpoint. "
             "(To resume a run from its previous checkpoint, move this one away. Without any, --resume starts it anew.)"
         ) from None
+    return batches
 
 
 def open_run(out: Path, config: str, resume: bool) -> Path | None:
@@ -48,12 +55,12 @@ def open_run(out: Path, config: str, resume: bool) -> Path | None:
 
     Raises:
         ValueError: The folder contains a run and `resume` is False; it contains other files; the run has another
-            configuration; its newest checkpoint is incomplete.
+            configuration; a checkpoint is incomplete.
     """
     saved = out / "config.yaml"
     if resume and checkpoints(out) and saved.exists():
-        newest = checkpoints(out)[-1]
-        check_readable(newest)
+        # By their contents, as copies have new times; the times order checkpoints of the same batch.
+        newest = max(checkpoints(out), key=lambda file: (check_readable(file), file.stat().st_mtime))
         _check_same_settings(out, saved.read_text(encoding="utf-8"), config)
         return newest
     has_not_trained = saved.exists() and not checkpoints(out)  # the run ended before its first checkpoint
@@ -84,7 +91,8 @@ def _set_aside(report: Path) -> None:
 def _check_same_settings(out: Path, was: str, got: str) -> None:
     before, now = (dict(_settings(yaml.safe_load(text))) for text in (was, got))
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    names = [name for name in names if name != "trainer.default_root_dir"]  # the same folder by another path
+    # The same folder by another path, and a time limit, change no result.
+    names = [name for name in names if not name.startswith(("trainer.default_root_dir", "trainer.max_time"))]
     if names:
         first = ", ".join(f"{name}={before.get(name)} (got {now.get(name)})" for name in names[:3])
         more = f" and {len(names) - 3} other settings" if len(names) > 3 else ""

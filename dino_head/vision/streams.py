@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from dino_head.vision.files import BadFiles
 from dino_head.vision.images import Images, image_path
+from dino_head.vision.loaders import stop_signals_blocked
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -64,20 +65,24 @@ class ImageStream(IterableDataset[Any]):
 class StreamLoader(DataLoader[Any]):
     """A DataLoader of an `ImageStream` whose order depends only on seed and epoch.
 
-    A run that is resumed inside an epoch starts the stream of this epoch from the beginning.
+    A run that is resumed inside an epoch starts the stream of this epoch from the beginning. With
+    `Trainer(overfit_batches=...)`, all epochs have the order of the first.
 
     Args:
-        stream: Stream whose `rows` have a method `set_epoch`.
+        dataset: Stream whose `rows` have a method `set_epoch`.
         batch_size: Number of images in a batch of one process.
         trainer: Trainer that trains on the batches.
         options: Options of DataLoader, such as num_workers.
     """
 
-    def __init__(self, stream: Any, batch_size: int, trainer: "Trainer", **options: Any) -> None:
-        super().__init__(stream, batch_size, **options)
+    def __init__(self, dataset: Any, batch_size: int, trainer: "Trainer", **options: Any) -> None:
+        super().__init__(dataset, batch_size, **options)
         self.trainer = trainer
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Start at the first batch, because the Trainer of a resumed run does not know its epoch earlier."""
-        self.dataset.rows.set_epoch(self.trainer.current_epoch)  # type: ignore[attr-defined]
-        yield from super().__iter__()
+        epoch = 0 if getattr(self.trainer, "overfit_batches", 0) else self.trainer.current_epoch
+        self.dataset.rows.set_epoch(epoch)  # type: ignore[attr-defined]
+        with stop_signals_blocked():
+            batches = super().__iter__()
+        yield from batches

@@ -14,11 +14,13 @@ from helpers.toy_training import rules, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from dino_head.callbacks import KNNProbeCallback
 from dino_head.metrics import KNNAccuracy
+from dino_head.vision import ResumableLoader
 
 # Most of these runs only need a module to probe.
 pytestmark = [
@@ -321,6 +323,77 @@ class WithVal(Datamodule):
 class Own(Datamodule):
     def knn_dataloaders(self):
         return labelled(30, seed=6), labelled(20, seed=7)
+
+
+class Several(Datamodule):
+    """Validation loaders in a form that a Trainer accepts; the first is labelled(20, seed=5)."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def val_dataloader(self):
+        return self.form([labelled(20, seed=5), labelled(20, seed=8)])
+
+
+FORMS = {
+    "list": list,
+    "dict": lambda loaders: dict(zip("ba", loaders, strict=True)),
+    "CombinedLoader": lambda loaders: CombinedLoader(loaders, "sequential"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `val_dataloader`", "ignore:You passed in a `val_dataloader`")
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_of_several_validation_loaders_the_first_is_probed(form):
+    for watch in (KNNProbeCallback(k=5), probe(test=form([labelled(20, seed=5), labelled(20, seed=8)]))):
+        module = seeded()
+        trainer(watch, max_epochs=1).fit(module, Several(form))
+        assert watch.history[0]["top1"] == pytest.approx(accuracy(module, labelled(), labelled(20, seed=5)))
+
+
+def test_training_data_in_a_resumable_loader_vote_whole():
+    """Its order skips the batches on which the Trainer has trained."""
+
+    class Resumable(Datamodule):
+        def train_dataloader(self):
+            return ResumableLoader(labelled().dataset, 4, self.trainer)
+
+    watch, module = KNNProbeCallback(k=5), seeded()
+    trainer(watch, max_epochs=2, limit_train_batches=5).fit(module, Resumable())
+    assert watch.history[-1]["top1"] == pytest.approx(accuracy(module, labelled(), labelled(20, seed=4)))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `val_dataloader`", "ignore:You passed in a `val_dataloader`")
+def test_a_run_resumed_between_validation_and_the_end_of_the_epoch_probes_once(tmp_path):
+    class Validated(TinyDINO):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    def run(watch, **options):
+        module = seeded()
+        module.__class__ = Validated
+        save = ModelCheckpoint(tmp_path, filename="validated", save_on_train_epoch_end=False)
+        trainer(watch, save, max_epochs=1, enable_checkpointing=True).fit(module, WithVal(), **options)
+        return watch.history
+
+    whole = run(KNNProbeCallback(k=5))
+    assert len(whole) == 1
+    assert run(KNNProbeCallback(k=5), ckpt_path=tmp_path / "validated.ckpt") == whole
+
+
+def test_the_probe_keeps_its_loaders_when_the_trainer_reloads():
+    created = []
+
+    class Reloaded(Datamodule):
+        def test_dataloader(self):
+            created.append(1)
+            return super().test_dataloader()
+
+    watch = KNNProbeCallback(k=5)
+    trainer(watch, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(seeded(), Reloaded())
+    assert len(created) == 1
+    assert len(watch.history) == 3
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `val_dataloader`", "ignore:You passed in a `val_dataloader`")

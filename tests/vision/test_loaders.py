@@ -1,13 +1,21 @@
 import multiprocessing
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.pictures import BAD
+from helpers.processes import run_in_processes
+from helpers.stopped_runs import Data, Model, overfit_batches
+from helpers.toy_training import trainer
+from lightning.pytorch.utilities import CombinedLoader
 
 from dino_head.vision import ResumableLoader
 from dino_head.vision.files import BadFiles, ReplaceUnreadable
 from dino_head.vision.images import Images, open_images
+from dino_head.vision.loaders import stop_signals_blocked
+from dino_head.vision.streams import StreamLoader
 
 
 def trainer_at(batch=0, world_size=1, rank=0):
@@ -52,3 +60,85 @@ def test_processes_load_disjoint_shares():
 def test_fewer_samples_than_a_batch_raise():
     with pytest.raises(ValueError, match=r"10 samples for each process .* a batch of 11: use a smaller batch size"):
         ResumableLoader(torch.arange(20), 11, trainer_at(0, 2))
+
+
+class Trained(Model):
+    validation_step = None
+
+
+def trained_on(data, **options):
+    """The labels of each batch of a fit."""
+    Model.events.clear()
+    run = trainer(limit_val_batches=0, **options)
+    run.fit(Trained(), data(run))
+    return [event[3] for event in Model.events if event[0] == "step"]
+
+
+FIRST_TWO = [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.filterwarnings(
+    "ignore:You requested to overfit but enabled train", "ignore:You passed in a `val_dataloader`"
+)
+@pytest.mark.parametrize("data", [
+    lambda run: Data(),  # created in the hook
+    lambda run: ResumableLoader(Data().labelled(), 4, run, seed=3),
+], ids=["hook", "argument"])  # fmt: skip
+def test_overfitting_trains_on_the_same_batches_in_each_epoch(data):
+    assert trained_on(data, max_epochs=3, overfit_batches=2) == 3 * FIRST_TWO
+
+
+@pytest.mark.distributed
+def test_overfitting_in_two_processes_divides_the_same_batches(tmp_path):
+    one, other = run_in_processes(overfit_batches, tmp_path)
+    assert one == 3 * [[0, 2], [4, 6]]
+    assert other == 3 * [[1, 3], [5, 7]]
+
+
+class Rows(torch.utils.data.IterableDataset):
+    """A stream in another order in each epoch."""
+
+    def __init__(self):
+        self.rows, self.images = self, torch.randn(16, 1, 8, 8)
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return ((self.images[label], label) for label in torch.arange(16).roll(self.epoch))
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train dataloader shuffling")
+@pytest.mark.parametrize(("options", "second"), [({"overfit_batches": 2}, 0), ({"limit_train_batches": 2}, 15)])
+def test_overfitting_on_a_stream_repeats_its_first_epoch(options, second):
+    epochs = trained_on(lambda run: StreamLoader(Rows(), 4, run), max_epochs=2, **options)
+    assert epochs[:2] == FIRST_TWO
+    assert epochs[2][0] == second
+
+
+def test_a_loader_that_is_trained_on_beside_a_longer_one_starts_again_from_its_first_batch():
+    """Lightning repeats the shorter loader until the longer one ends."""
+    seen = []
+
+    class Both(Trained):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch["short"][1].tolist())
+            return super().training_step(batch["long"], batch_idx)
+
+    run = trainer(max_epochs=1, limit_val_batches=0)
+    images = Data().labelled()
+    short = torch.utils.data.Subset(images, range(8))
+    loaders = {"short": ResumableLoader(short, 4, run), "long": ResumableLoader(images, 4, run)}
+    run.fit(Both(), CombinedLoader(loaders, "max_size_cycle"))
+    assert seen[2:] == seen[:2]
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Windows has no such signals")
+def test_signals_arrive_after_workers_have_started(monkeypatch):
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda *_: received.append("SIGTERM"))
+    with stop_signals_blocked():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == []
+    signal.signal(signal.SIGTERM, before)
+    assert received == ["SIGTERM"]
