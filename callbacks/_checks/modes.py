@@ -83,8 +83,8 @@ def _check_teacher(pl_module: LightningModule, student: str, teacher: str) -> li
         if norms:
             remedy = "Call eval() on these modules alone, as the teacher's batch norm has to stay in training mode"
         warnings.append(
-            f"the teacher acts randomly ({_listed(f'{teacher}.{name}'.rstrip('.') for name in noisy)} in training mode: "
-            f"drop path, dropout or random positions), which makes its targets noisy. {remedy}"
+            f"the teacher acts randomly ({_listed(f'{teacher}.{name}'.rstrip('.') for name in noisy)} in training "
+            f"mode: drop path, dropout or random positions), which makes its targets noisy. {remedy}"
         )
     return warnings
 

@@ -175,8 +175,8 @@ class TeacherCheck:
             self.has_warned = True
             rank_zero_warn(
                 f"teacher does not follow: {teachers} did not change in the {self.wait} optimizer steps after "
-                f"{students} first changed. Add {as_arguments(self.pl_module, pairs)} to the Trainer's callbacks, for a "
-                "fixed teacher with base_momentum=1. (If your own code updates it less often, ignore this.)"
+                f"{students} first changed. Add {as_arguments(self.pl_module, pairs)} to the Trainer's callbacks, for "
+                "a fixed teacher with base_momentum=1. (If your own code updates it less often, ignore this.)"
             )
 
     def _should_have_changed(self, student: str, teacher: str) -> bool:
