@@ -84,3 +84,17 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed_equals_uninterrupted_bitwi
     assert not (tmp_path / "killed" / "checkpoints" / "step=18.ckpt").exists()
     resumed = run_in_processes(distributed_fits.resumed, tmp_path / "killed", processes)
     torch.testing.assert_close(resumed, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimization", ["automatic", "accumulated", "raw"])
+def test_a_nan_in_one_process_stops_both_before_any_update(optimization, nan):
+    first, second = (rank[optimization] for rank in nan)
+    for rank in (first, second):
+        assert rank["error"].startswith("the loss is nan in epoch 0")
+        torch.testing.assert_close(rank["after"], rank["before"], rtol=0, atol=0)
+    torch.testing.assert_close(first["after"], second["after"], rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def nan(tmp_path_factory):
+    return run_in_processes(distributed_fits.nan_on_one, tmp_path_factory.mktemp("nan"))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import nn
@@ -258,3 +258,56 @@ def run_recipe(folder: Path) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     cli = fit(json.loads((folder / "command.json").read_text()))
     return {"receipts": cli.results["receipts"], "state": state(cli.model), "steps": cli.trainer.global_step}
+
+
+class RawSteps(TinyDINO):
+    """Manual optimization with an optimizer that Lightning does not know."""
+
+    automatic_optimization = False
+
+    def configure_optimizers(self) -> None:
+        self.raw = sgd(self.student.parameters())
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.raw.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.raw.step()
+
+
+class NaN(Callback):
+    """Makes the images of one process NaN, in one batch."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_rank == 1 and batch_idx == 4:
+            batch[0].fill_(torch.nan)
+
+
+class Kept(Callback):
+    """Keeps the weights before the batch that has NaN, or before its accumulation window."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 4:
+            self.before = state(pl_module)
+
+
+def nan_on_one(folder: Path) -> dict[str, Any]:
+    """For each kind of optimization: the error, and the weights before the NaN and after the run."""
+    results = {}
+    for name, raw, options in (
+        ("automatic", False, {}),
+        ("accumulated", False, {"accumulate_grad_batches": 2}),
+        ("raw", True, {}),
+    ):
+        module = seeded()
+        if raw:
+            module.__class__ = RawSteps
+            module.automatic_optimization = False
+        kept = Kept()
+        rule = TeacherUpdateCallback(total_steps=100)
+        try:
+            trainer(kept, NaN(), rule, devices=2, strategy=ddp(), **options).fit(module, halves())
+            error = "none"
+        except FloatingPointError as raised:
+            error = str(raised)
+        results[name] = {"error": error, "before": kept.before, "after": state(module)}
+    return results
