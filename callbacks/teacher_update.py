@@ -102,9 +102,9 @@ class TeacherUpdateCallback(AfterScheduledStep):
         """The modules that were seen to change, the updates, the last momentum; None before the first update."""
         if not self.steps_taken:
             return None
-        seen = [f"{name} seen to change at {n} of {counted} looks" for name, (n, counted) in self._seen.items()]
+        looks = [f"{name} at {seen} of {counted}" for name, (seen, counted) in self._seen.items()]
         return (
-            f"{', '.join(seen) or 'not looked at'}, on {self._ranks} of {self._world} ranks, in {self.progress()}, "
+            f"seen to change: {', '.join(looks) or 'nothing'} looks, on {self._ranks} of {self._world} ranks, in {self.progress()}, "
             f"last with momentum {self.last_momentum:.6g}; other parts of the teacher: {self._other_parts}"
         )
 

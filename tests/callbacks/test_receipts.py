@@ -21,7 +21,7 @@ def fit(*callbacks, module=None, **options):
 def test_the_usual_receipt_of_the_teacher():
     (receipt,) = fit(TeacherUpdateCallback(base_momentum=0.9, final_momentum=0.9))
     assert receipt == (
-        "teacher seen to change at 6 of 6 looks, loss.center seen to change at 6 of 6 looks, on 1 of 1 ranks, in 12 "
+        "seen to change: teacher at 6 of 6, loss.center at 6 of 6 looks, on 1 of 1 ranks, in 12 "
         "optimizer steps, last with momentum 0.9; other parts of the teacher: none"
     )
 
@@ -29,9 +29,7 @@ def test_the_usual_receipt_of_the_teacher():
 def test_a_teacher_that_does_not_change(monkeypatch):
     monkeypatch.setattr(teacher_update, "get_ema_multi_avg_fn", lambda momentum: lambda *_: None)
     (receipt,) = fit(TeacherUpdateCallback())
-    assert receipt.startswith(
-        "teacher seen to change at 0 of 6 looks, loss.center seen to change at 6 of 6 looks, on 0 of 1"
-    )
+    assert receipt.startswith("seen to change: teacher at 0 of 6, loss.center at 6 of 6 looks, on 0 of 1")
 
 
 def test_a_teacher_that_changes_at_some_looks(monkeypatch):
@@ -44,30 +42,30 @@ def test_a_teacher_that_changes_at_some_looks(monkeypatch):
         ),
     )
     (receipt,) = fit(TeacherUpdateCallback())
-    assert receipt.startswith("teacher seen to change at 5 of 6 looks")
+    assert receipt.startswith("seen to change: teacher at 5 of 6")
     assert "on 0 of 1 ranks" in receipt
 
 
 def test_a_center_that_does_not_change(monkeypatch):
     monkeypatch.setattr(DINOLoss, "apply_center_update", lambda self: None)
     (receipt,) = fit(TeacherUpdateCallback())
-    assert "teacher seen to change at 6 of 6 looks, loss.center seen to change at 0 of 6 looks, on 0 of 1" in receipt
+    assert "seen to change: teacher at 6 of 6, loss.center at 0 of 6 looks, on 0 of 1" in receipt
 
 
 def test_a_loss_that_is_not_called_in_training():
     module = tiny_dino(warmup_epochs=0)
     module.other = DINOLoss(16)
     (receipt,) = fit(TeacherUpdateCallback(), module=module)
-    assert "loss.center seen to change at 6 of 6 looks, other.center seen to change at 0 of 6 looks" in receipt
+    assert "loss.center at 6 of 6, other.center at 0 of 6 looks" in receipt
 
 
 def test_looks_at_which_nothing_should_change_do_not_count():
     (receipt,) = fit(TeacherUpdateCallback(base_momentum=1.0))
-    assert receipt.startswith("teacher seen to change at 0 of 0 looks")
+    assert receipt.startswith("seen to change: teacher at 0 of 0")
     assert "last with momentum 1;" in receipt
     still = tiny_dino(lambda parameters: torch.optim.SGD(parameters, lr=0.0))
     (receipt,) = fit(TeacherUpdateCallback(), module=still)
-    assert receipt.startswith("teacher seen to change at 0 of 0 looks, loss.center seen to change at 6 of 6 looks")
+    assert receipt.startswith("seen to change: teacher at 0 of 0, loss.center at 6 of 6 looks")
     fixed = tiny_dino(warmup_epochs=0)
     fixed.loss.center_momentum = 1.0
     (receipt,) = fit(TeacherUpdateCallback(), module=fixed)
@@ -80,7 +78,7 @@ def test_looks_at_which_nothing_should_change_do_not_count():
 def test_the_steps_and_the_looks_follow_the_run(options, steps, looks):
     """The last step of a run is a look, wherever it is."""
     (receipt,) = fit(TeacherUpdateCallback(), **options)
-    assert f"teacher seen to change at {looks} of {looks} looks" in receipt
+    assert f"seen to change: teacher at {looks} of {looks}" in receipt
     assert f"in {steps} of {steps} optimizer steps" in receipt
 
 
