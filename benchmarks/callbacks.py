@@ -56,7 +56,11 @@ class Measure(Callback):
         """Measure here, where everything is set up and nothing else runs."""
         optimizer = trainer.optimizers[0]
         layer = pl_module.head.last_layer  # type: ignore[union-attr]
-        gradient, value = torch.zeros_like(layer.weight_v), torch.zeros(())  # type: ignore[union-attr, arg-type]
+        gradient, value = torch.zeros_like(layer.weight_v), torch.zeros((), requires_grad=True)  # type: ignore[union-attr, arg-type]
+        outputs = torch.zeros(2, 1, 4)
+        # A step between two looks, as most are.
+        trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
+        trainer.fit_loop.epoch_loop.max_steps = -1
         sides: list[nn.Module] = [pl_module.student, pl_module.teacher]  # type: ignore[list-item]
         students, teachers = ([p.detach() for p in side.parameters()] for side in sides)
         note_step = {}
@@ -73,7 +77,8 @@ class Measure(Callback):
             layer.weight_v.grad = gradient  # type: ignore[union-attr]
             callback.on_train_batch_start(trainer, pl_module, None, 0)
             for hook in list(pl_module.loss._forward_hooks.values()):  # type: ignore[union-attr]
-                hook(pl_module.loss, (), {}, value)
+                hook(pl_module.loss, (outputs, outputs), {}, value)
+            callback.on_before_backward(trainer, pl_module, value)
             callback.on_after_backward(trainer, pl_module)
             callback.on_before_optimizer_step(trainer, pl_module, optimizer)
             for hook in note_step[name]:

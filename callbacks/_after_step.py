@@ -204,12 +204,13 @@ class AfterScheduledStep(AfterOptimizerStep):
                 "set max_epochs or max_steps in the Trainer, for data without a length max_steps or "
                 f"limit_train_batches, or {type(self).__name__}(..., total_steps=100_000)"
             )
-        if _adds_an_epoch(trainer):
+        epochs = trainer.max_epochs
+        if epochs is not None and epochs > 1 and _adds_an_epoch(trainer):
             raise MisconfigurationException(
                 f"{type(self).__name__} follows a schedule over the whole run, and StochasticWeightAveraging adds an "
                 "epoch in which nothing is trained, to update batch norm: set total_steps, the number of optimizer "
                 f"steps without this epoch, {type(self).__name__}(..., total_steps="
-                f"{int(steps * (trainer.max_epochs - 1) / trainer.max_epochs)})"
+                f"{int(steps * (epochs - 1) / epochs)})"
             )
         if not trainer.lightning_module.automatic_optimization:
             raise MisconfigurationException(
@@ -224,7 +225,7 @@ def _adds_an_epoch(trainer: Trainer) -> bool:
     """Whether StochasticWeightAveraging makes the run longer, which it does for modules with batch norm."""
     kinds = {kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__}  # type: ignore[attr-defined]
     has_norms = any(isinstance(module, _BatchNorm) for module in trainer.lightning_module.modules())
-    return "StochasticWeightAveraging" in kinds and has_norms and trainer.max_epochs not in (None, -1)
+    return "StochasticWeightAveraging" in kinds and has_norms
 
 
 def refuse_deepspeed(trainer: Trainer, callback: str, reason: str) -> None:

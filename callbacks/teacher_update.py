@@ -103,9 +103,10 @@ class TeacherUpdateCallback(AfterScheduledStep):
         if not self.steps_taken:
             return None
         looks = [f"{name} at {seen} of {counted}" for name, (seen, counted) in self._seen.items()]
+        seen = f"seen to change: {', '.join(looks)} looks, on {self._ranks} of {self._world} ranks"
         return (
-            f"seen to change: {', '.join(looks) or 'nothing'} looks, on {self._ranks} of {self._world} ranks, in {self.progress()}, "
-            f"last with momentum {self.last_momentum:.6g}; other parts of the teacher: {self._other_parts}"
+            f"{seen if looks else 'not looked at'}, in {self.progress()}, last with momentum {self.last_momentum:.6g}; "
+            f"other parts of the teacher: {self._other_parts}"
         )
 
     @property
@@ -193,11 +194,12 @@ class TeacherUpdateCallback(AfterScheduledStep):
     @torch.no_grad()
     def _look_at_update(self) -> None:
         """Update, and count which teachers and centers changed, of those that should."""
-        losses = {} if self._losses is None else self._losses.with_moving_center()
-        before, centers = fingerprint(self._teachers), [loss.center for loss in losses.values()]
-        centers_before = [center.clone() for center in centers]
+        centers = {} if self._losses is None else self._losses.moving_centers()
+        centers_before = [center.clone() for center in centers.values()]
+        before = fingerprint(self._teachers)
         should_change = fingerprint(self._students) != before
-        should_change &= self._momentum_of(self.steps_taken - 1) < 1
+        if self._momentum_of(self.steps_taken - 1) == 1:
+            should_change = torch.zeros_like(should_change)
         self._update()
         changed = fingerprint(self._teachers) != before
         sizes = [len(weights) for weights in self._weights]
@@ -206,10 +208,10 @@ class TeacherUpdateCallback(AfterScheduledStep):
             for expected, seen in zip(should_change.split(sizes), changed.split(sizes), strict=True)
             for flag in (expected.any(), (expected & seen).any())
         ]
-        for center, center_before in zip(centers, centers_before, strict=True):
+        for center, center_before in zip(centers.values(), centers_before, strict=True):
             flags += [torch.ones_like(flags[0]), (center != center_before).any()]
         processes = read(torch.stack(flags))
-        names = [teacher for _, teacher in self.pairs] + [f"{name}.center" for name in losses]
+        names = [teacher for _, teacher in self.pairs] + list(centers)
         for name, expected, seen in zip(names, processes[::2], processes[1::2], strict=True):
             counts = self._seen.setdefault(name, [0, 0])
             if expected:

@@ -38,7 +38,7 @@ class Checked(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the checks."""
-        ours = _ours(trainer)
+        ours = _ours(trainer) or [self]  # inside a callback of the user's, which delegates to it
         self._is_first = ours[0] is self
         if self._is_first:
             check = TeacherCheck(trainer, pl_module, _pairs(trainer))
@@ -75,7 +75,7 @@ class Checked(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Warn, if the checkpoint was written inside an accumulation window."""
-        if checkpoint.get(INSIDE_WINDOW) and _ours(trainer)[0] is self:
+        if checkpoint.get(INSIDE_WINDOW) and (_ours(trainer) or [self])[0] is self:
             self._warn(f"the run is resumed from a checkpoint that was written inside an accumulation window{LOST}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -17,7 +17,7 @@ from dino_head.losses import DINOLoss
 class GuardedLosses:
     """All DINOLoss modules of a LightningModule, with deferred center updates and a check for finite values.
 
-    Each call adds its value, and 0 or NaN for the outputs of both sides, to three numbers on the device. Before
+    Each call adds its value, and 0 or NaN for the outputs of both sides, to five numbers on the device. Before
     backward they are reduced over all processes and copied to the host, without waiting. Before the optimizer's step,
     when backward is queued, the host reads them. Under manual optimization, where the optimizer may be one that
     Lightning does not know, the host reads them in the call.
@@ -32,7 +32,9 @@ class GuardedLosses:
         self.hooks: list[Any] = []
         self.were_deferred = {name: loss.defer_center_update for name, loss in self.losses.items()}
         self.collected: dict[str, Tensor] = {}  # sums for the centers, between batches
-        self.sums: Tensor | None = None  # (3,): of the loss; 0 or NaN for the outputs of teacher and student
+        self.note = torch.compiler.disable(self._note)  # excludes it from a compiled loss
+        self.signatures = {loss: inspect.signature(loss.forward) for loss in self.losses.values()}
+        self.sums: Tensor | None = None  # (5,): of the loss; 0 or NaN for the extremes of teacher and student
         self.copies: list[_HostCopy] = []  # of the sums of this accumulation window's backward passes
 
     def guard(self) -> None:
@@ -40,9 +42,7 @@ class GuardedLosses:
         self._return_collected()
         for loss in self.losses.values():
             loss.defer_center_update = True
-            # A compiled loss is called as before, and this hook after it.
-            note = torch.compiler.disable(self._note)
-            self.hooks.append(loss.register_forward_hook(note, with_kwargs=True))
+            self.hooks.append(loss.register_forward_hook(self.note, with_kwargs=True))
 
     def release(self) -> None:
         """Make the losses plain modules again, and keep the sums that they collected for their centers."""
@@ -60,10 +60,12 @@ class GuardedLosses:
         """Discard the sums of an interrupted step."""
         self.collected, self.sums, self.copies = {}, None, []
 
-    def with_moving_center(self) -> dict[str, DINOLoss]:
-        """The losses whose center should change in each step, by name."""
+    def moving_centers(self) -> dict[str, Tensor]:
+        """The centers that should change in each step, by name."""
         return {
-            name: loss for name, loss in self.losses.items() if loss.center is not None and loss.center_momentum < 1
+            f"{name}.center": loss.center
+            for name, loss in self.losses.items()
+            if loss.center is not None and loss.center_momentum < 1
         }
 
     def apply_center_updates(self) -> None:
@@ -79,7 +81,7 @@ class GuardedLosses:
         """
         sums, self.sums = self.sums, None
         if dist.is_available() and dist.is_initialized():
-            sums = torch.zeros(3, device=self.pl_module.device) if sums is None else sums
+            sums = torch.zeros(5, device=self.pl_module.device) if sums is None else sums
             dist.all_reduce(sums)
         if sums is not None:
             self.copies.append(_HostCopy(sums))
@@ -87,8 +89,9 @@ class GuardedLosses:
     def require_finite(self) -> None:
         """Raise FloatingPointError if a value of this accumulation window is not finite, in all processes alike."""
         copies, self.copies = self.copies, []
-        for loss, teacher, student in (copy.read() for copy in copies):
+        for loss, *extremes in (copy.read() for copy in copies):
             if not math.isfinite(loss):
+                teacher, student = sum(extremes[:2]), sum(extremes[2:])
                 sides = [self._weights_are_finite(side) for side in zip(*self.pairs, strict=True)]
                 center = all(loss.center is None or bool(loss.center.isfinite().all()) for loss in self.losses.values())
                 reason = explain((teacher, student), (sides[1], sides[0]), center_is_finite=center)
@@ -106,10 +109,10 @@ class GuardedLosses:
     def _note(self, loss: DINOLoss, arguments: tuple[Any, ...], options: dict[str, Any], value: object) -> None:
         if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
             return
-        given = inspect.signature(loss.forward).bind(*arguments, **options).arguments
-        rows = [as_outputs(given[side]).rows for side in ("teacher_out", "student_out") if side in given]
-        extremes = [torch.stack(side.detach().aminmax()).float() for side in (rows if len(rows) == 2 else [value] * 2)]
-        sums = torch.stack([value.detach().float(), *((0 * extreme).sum() for extreme in extremes)])
+        given = self.signatures[loss].bind(*arguments, **options).arguments
+        sides = [as_outputs(given[side]).rows if side in given else value for side in ("teacher_out", "student_out")]
+        sums = torch.stack([value, *(extreme for side in sides for extreme in side.aminmax())]).float()
+        sums[1:] *= 0  # NaN, if not finite
         self.sums = sums if self.sums is None else self.sums + sums
         if not self.pl_module.automatic_optimization:
             self.reduce()

@@ -110,9 +110,9 @@ def _rates(module: nn.Module) -> Iterator[float]:
             yield value
     if "rope" in kind:  # DINOv3: positions that are shifted, jittered or rescaled at random
         settings = {**vars(getattr(module, "config", nn.Identity())), **vars(module)}
-        names = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
-        names += ("shift_coords", "jitter_coords", "rescale_coords")
-        yield from (float(settings[name]) for name in names if settings.get(name))
+        of_transformers = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
+        of_the_authors = ("shift_coords", "jitter_coords", "rescale_coords")
+        yield from (float(settings[name]) for name in of_transformers + of_the_authors if settings.get(name))
 
 
 def _listed(names: Iterable[str]) -> str:

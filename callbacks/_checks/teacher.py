@@ -116,7 +116,7 @@ class TeacherCheck:
             if own is None:
                 del self.pl_module.training_step
             else:
-                self.pl_module.training_step = own
+                self.pl_module.training_step = own  # type: ignore[method-assign]
 
         def follow(*args: Any, **kwargs: Any) -> Any:
             self.end()
