@@ -83,12 +83,19 @@ class Ours:
 
 
 def make(
-    size: str, batch: int, prototypes: int, scale: float, device: torch.device, depth: int | None = None
+    size: str,
+    batch: int,
+    prototypes: int,
+    scale: float,
+    device: torch.device,
+    *,
+    depth: int | None = None,
+    hidden_dim: int = 2048,
 ) -> tuple[nn.ModuleDict, list[Tensor]]:
     """Backbone and head of a student, and two global and eight local views."""
     torch.manual_seed(0)
     sides = [round(side * scale / 16) * 16 for side in (224, 96)]
-    head = DINOProjectionHead(VIT[size][0], 2048, 256, prototypes, batch_norm=False)
+    head = DINOProjectionHead(VIT[size][0], hidden_dim, 256, prototypes, batch_norm=False)
     student = nn.ModuleDict({"backbone": vit(size, image_size=sides[0], depth=depth), "head": head}).to(device)
     views = [torch.randn(batch, 3, side, side, device=device) for side in [sides[0]] * 2 + [sides[1]] * 8]
     return student, views
