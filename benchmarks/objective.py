@@ -10,6 +10,7 @@ in its own process.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -65,9 +66,9 @@ def pairwise_loss(teacher: Tensor, student: Tensor, center: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def our_loss(teacher: Any, student: Any, center: Tensor) -> Tensor:
-    """The loss of this library."""
-    return dino_loss(teacher, student, center=center, teacher_temp=TEACHER_TEMP, student_temp=STUDENT_TEMP)
+def our_loss(teacher: Any, student: Any, center: Tensor, **options: int) -> Tensor:
+    """The loss of this library; `options` may set block_bytes."""
+    return dino_loss(teacher, student, center=center, teacher_temp=TEACHER_TEMP, student_temp=STUDENT_TEMP, **options)
 
 
 def on_logits(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Variant:
@@ -145,34 +146,40 @@ def check(names: list[str], case: tuple[Side, Side, Tensor], bf16: bool) -> None
             raise SystemExit(f"{name} differs from the loop over pairs: relative differences {differences}")
 
 
-def seconds(name: str, case: tuple[Side, Side, Tensor], bf16: bool) -> float:
-    """Wall time of a run."""
-    on_gpu = case[2].is_cuda
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run(name, case, bf16)
-    if on_gpu:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def seconds(work: Callable[[], object], device: str) -> float:
+    """Time of a call, measured by events on a GPU."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1000
+    now = time.perf_counter()
+    work()
+    return time.perf_counter() - now
 
 
-def memory_here(name: str, outputs: int, batch: int, device: str, bf16: bool) -> int:
-    """Peak bytes of a run above inputs, weights and their gradients; call it in a process that does nothing else."""
-    run(name, make(16, 2, device), bf16)  # libraries allocate memory on first use
-    case = make(outputs, batch, device)
+def peak_bytes(work: Callable[[], object], device: str) -> int:
+    """Peak bytes of a call above those in use before; on a CPU, call it in a process that does nothing else."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run(name, case, bf16)
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
-        before = _status("VmRSS")
-        run(name, case, bf16)
-        peak = _status("VmHWM")
-    gradients = sum(tensor.grad.nbytes for tensor in case[1] if tensor.grad is not None)
-    return peak - before - gradients
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak
+    before = _status("VmRSS")
+    work()
+    return _status("VmHWM") - before
+
+
+def memory_here(name: str, outputs: int, batch: int, device: str, bf16: bool) -> int:
+    """Peak bytes of a run above inputs, weights and their gradients, measured in this process."""
+    run(name, make(16, 2, device), bf16)  # libraries allocate memory on first use
+    case = make(outputs, batch, device)
+    peak = peak_bytes(lambda: run(name, case, bf16), device)
+    return peak - sum(tensor.grad.nbytes for tensor in case[1] if tensor.grad is not None)
 
 
 def _status(key: str) -> int:
@@ -188,7 +195,7 @@ def measure(outputs: int, batch: int, args: argparse.Namespace) -> list[dict[str
     rounds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for name in names:
-            rounds[name].append(seconds(name, case, args.bf16))
+            rounds[name].append(seconds(functools.partial(run, name, case, args.bf16), args.device))
     del case
     rows = []
     for name in names:

@@ -82,6 +82,36 @@ class Ours:
         torch._foreach_lerp_(self.teachers, self.students, 1 - MOMENTUM)
 
 
+def make(
+    size: str,
+    batch: int,
+    prototypes: int,
+    scale: float,
+    device: torch.device,
+    *,
+    depth: int | None = None,
+    hidden_dim: int = 2048,
+) -> tuple[nn.ModuleDict, list[Tensor]]:
+    """Backbone and head of a student, and two global and eight local views."""
+    torch.manual_seed(0)
+    sides = [round(side * scale / 16) * 16 for side in (224, 96)]
+    head = DINOProjectionHead(VIT[size][0], hidden_dim, 256, prototypes, batch_norm=False)
+    student = nn.ModuleDict({"backbone": vit(size, image_size=sides[0], depth=depth), "head": head}).to(device)
+    views = [torch.randn(batch, 3, side, side, device=device) for side in [sides[0]] * 2 + [sides[1]] * 8]
+    return student, views
+
+
+def step(way: Usual | Ours, optimizer: torch.optim.Optimizer, views: list[Tensor], *, bf16: bool) -> Tensor:
+    """Loss, backward, optimizer step and teacher update; bf16 uses autocast."""
+    with torch.autocast(views[0].device.type, torch.bfloat16, enabled=bf16):
+        loss = way.loss(views)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    way.follow()
+    return loss.detach()
+
+
 def main() -> None:
     """Print medians and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -93,35 +123,21 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="bf16 uses autocast")
     args = parser.parse_args()
-    torch.manual_seed(0)
-    device = torch.device(args.device)
-    sides = [round(side * args.scale / 16) * 16 for side in (224, 96)]
-    backbone = vit(args.size, image_size=sides[0])
-    head = DINOProjectionHead(VIT[args.size][0], 2048, 256, args.prototypes, batch_norm=False)
-    student = nn.ModuleDict({"backbone": backbone, "head": head}).to(device)
-    views = [torch.randn(args.batch, 3, side, side, device=device) for side in [sides[0]] * 2 + [sides[1]] * 8]
+    device, bf16 = torch.device(args.device), args.precision == "bf16"
+    student, views = make(args.size, args.batch, args.prototypes, args.scale, device)
     ways: dict[str, Usual | Ours] = {
         "usual": Usual(copy.deepcopy(student), args.prototypes),
         "ours": Ours(student, args.prototypes),
     }
     optimizers = {name: torch.optim.AdamW(way.student.parameters(), lr=1e-5) for name, way in ways.items()}
 
-    def autocast() -> torch.autocast:
-        return torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
+    def step_of(name: str) -> float:
+        return step(ways[name], optimizers[name], views, bf16=bf16).item()
 
-    def step(name: str) -> float:
-        with autocast():
-            loss = ways[name].loss(views)
-        loss.backward()
-        optimizers[name].step()
-        optimizers[name].zero_grad()
-        ways[name].follow()
-        return loss.item()
-
-    alone = copy.deepcopy(backbone)
+    alone = copy.deepcopy(student["backbone"])
 
     def backbone_alone() -> float:
-        with autocast():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
                 multicrop_forward(alone, views[:2])
             features = multicrop_forward(alone, views)
@@ -129,7 +145,7 @@ def main() -> None:
         alone.zero_grad()
         return 0.0
 
-    work: dict[str, Callable[[], float]] = {"usual": lambda: step("usual"), "ours": lambda: step("ours")}
+    work: dict[str, Callable[[], float]] = {"usual": lambda: step_of("usual"), "ours": lambda: step_of("ours")}
     first = [run() for run in work.values()]
     if abs(first[0] - first[1]) > (1e-4 if args.precision == "32" else 0.05) * first[0]:
         raise SystemExit(f"the two ways differ: the losses of the first step are {first}")

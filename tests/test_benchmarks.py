@@ -1,9 +1,12 @@
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dino_head.examples import fit_digits
 from dino_head.examples.fit_digits import digits
@@ -50,6 +53,71 @@ def test_the_objectives_figures_go_to_a_file_and_a_wrong_variant_stops_it(tmp_pa
         objective["main"]()
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """The names of the benchmark on a GPU."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return runpy.run_path(str(BENCHMARKS / "gpu.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_gpu_benchmark_runs_at_reduced_size(gpu, tmp_path, monkeypatch, capsys):
+    options = ["--device", "cpu", "--tests", "noticed and item", "--json", str(tmp_path / "gpu.json")]
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *options])
+    gpu["main"]()
+    printed = capsys.readouterr().out
+    assert "REDUCED SIZE" in printed
+    assert "| step of ViT-tiny: usual | 64 | 2 | " in printed
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert (result["tests"]["passed"], result["problems"]) == (1, [])
+    assert len(result["rows"]) == 2 * 2 * len(gpu["NAMES"]) + 2
+    assert all(row["seconds"] > 0 for row in result["rows"])
+
+
+def test_problems_of_the_gpu_benchmark_are_its_exit_status_and_the_other_parts_run(gpu, monkeypatch, capsys):
+    row = {"what": "a step", "prototypes": 64, "batch": 2, "seconds": 0.5, "images_per_second": 4.0, "bytes": 2**20}
+    parts = {
+        "run_tests": lambda device, selected: {"ok": False, "passed": 3, "failed": 1},
+        "measure_objective": lambda *arguments: 1 / 0,
+        "measure_step": lambda *arguments: [row],
+    }
+    for name, part in parts.items():
+        monkeypatch.setitem(gpu["main"].__globals__, name, part)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--device", "cpu"])
+    with pytest.raises(SystemExit, match=r"(?s)not all tests passed.*ZeroDivisionError"):
+        gpu["main"]()
+    printed = capsys.readouterr().out
+    assert "tests: 3 passed, 1 failed" in printed
+    assert "| a step | 64 | 2 | 500.00 |  |  | 4.0 | 1 |" in printed
+
+
+def test_a_variant_that_runs_out_of_memory_is_a_row_of_the_gpu_benchmark(gpu):
+    def too_large():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    found = gpu["interleaved"]({"large": too_large, "small": lambda: None}, 2, "cpu")
+    assert found.keys() == {"small"}
+    row = {"what": "usual", "prototypes": 65536, "batch": 128, "floor": 1.0, "seconds": None, "bytes": None}
+    assert "| usual | 65,536 | 128 | out of memory |  |  |  | out of memory |" in gpu["table"]([row])
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_and_its_tests_need_no_optional_package():
+    code = """
+import runpy, sys
+optional = "datasets hypothesis jsonargparse kornia monai nibabel sklearn xdist"
+sys.modules.update(dict.fromkeys(optional.split()))  # None: importing it raises ImportError
+import test_gpu
+gpu = runpy.run_path("benchmarks/gpu.py")
+gpu["train_step"].make("tiny", 1, 64, 0.2, gpu["torch"].device("cpu"), depth=1)
+"""
+    root = BENCHMARKS.parent
+    path = os.pathsep.join([str(root), str(root / "tests")])
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": path}, check=True)
+
+
 def test_every_benchmark_is_run_here():
     assert {file.stem for file in BENCHMARKS.glob("*.py")} == {
         "import_time",
@@ -58,4 +126,5 @@ def test_every_benchmark_is_run_here():
         "memory",
         "train_step",
         "watching",
+        "gpu",
     }

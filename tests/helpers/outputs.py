@@ -26,3 +26,12 @@ def logits(*shape):
 
 def factored(views, samples, width, outputs):
     return FactoredLogits(torch.zeros(views, samples, width), torch.zeros(outputs, width))
+
+
+def low_precision_loop(teacher, student, center=0.0, teacher_temp=0.07, student_temp=0.1):
+    """The usual form: products in the logits' own precision, probabilities in float32 at least."""
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    p = ((teacher.to(dtype) - center) / teacher_temp).softmax(dim=-1)
+    log_q = (student.to(dtype) / student_temp).log_softmax(dim=-1)
+    pairs = [(t, s) for t in range(len(p)) for s in range(len(log_q)) if s != t]
+    return torch.stack([-(p[t] * log_q[s]).sum(dim=-1).mean() for t, s in pairs]).mean()
