@@ -44,6 +44,9 @@ class CollapseMonitorCallback(Checked):
     embeddings. It is reported once, with epoch and step: a collapse as a warning, a case that may be harmless as
     information. A teacher that is never updated is reported earlier, as by every callback of this library.
 
+    `dino/loss` is the loss of one measured batch (of at most 256 rows of FactoredLogits), while the `loss` that the
+    example module logs is the mean over an epoch.
+
     Training is bitwise the same with and without it. Between measurements, it uses no memory on the device and reads no
     value from it.
 

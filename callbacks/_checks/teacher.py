@@ -25,11 +25,13 @@ from dino_head.callbacks._checks.layout import (
     read,
     without_compile,
 )
+from dino_head.callbacks._checks.own_code import may_write
 from dino_head.functional._outputs import as_outputs
 from dino_head.losses import DINOLoss
 
 STEPS = 3  # optimizer steps after the first one that changed the student
 LOOKS = 16  # it compares at each of the first 16 batches, later at every 16th
+LATE = 200  # batches after which the user's own code should have updated the teacher
 TRIES = 3  # further optimizer steps in which a loss may be called
 SLOWEST = 1e-4  # 1 - momentum of a slow average
 
@@ -39,7 +41,8 @@ class TeacherCheck:
 
     Parameters that are then unchanged, frozen and in no pair are followed through one training step (`Flow`). Those
     that feed only the teacher's outputs of a loss, although their counterparts in the student have changed, are
-    reported. Without such parameters, no step is followed.
+    reported. Without such parameters, no step is followed. If code of a module or a
+    callback may update the teacher every k steps (`may_write`), it has more time for a first update.
 
     Attributes:
         outcome: Names of the teacher's parts outside the pairs that are left behind, "none" or "not checked".
@@ -61,6 +64,7 @@ class TeacherCheck:
         self._start = self._latest = fingerprint(list(self._parameters.values()))
         self._identities = self._now_identities()
         self._restore: Callable[[], None] | None = None
+        self._has_own_code = may_write([pl_module, *trainer.callbacks])  # type: ignore[attr-defined]
         in_pairs = {
             id(parameter)
             for _, teacher in pairs
@@ -98,9 +102,14 @@ class TeacherCheck:
         suspects = self._frozen - changed - written
         if self._steps >= self.wait and not suspects:
             self._is_done, self.outcome = True, "none"
-        elif self._steps > self.wait and self._teachers:
+        elif self._steps > self.wait and self._teachers and not self._is_early(changed, is_last=is_last):
             self._is_done = True
             self._judge(suspects, changed)
+
+    def _is_early(self, changed: set[str], *, is_last: bool) -> bool:
+        """Whether the user's code, which has updated nothing yet, may do so every k steps."""
+        may_follow = self._batches < LATE and not is_last and not self.pairs and not self._teachers & changed
+        return may_follow and self._has_own_code
 
     def follow_next(self) -> None:
         """Follow the parameters through the next training step, if necessary; the step computes the same values."""

@@ -95,6 +95,12 @@ def test_a_nan_in_one_process_stops_both_before_any_update(optimization, nan):
     torch.testing.assert_close(first["after"], second["after"], rtol=0, atol=0)
 
 
+def test_the_receipt_counts_the_processes_in_which_the_teacher_changed(nan):
+    for rank in nan:
+        assert rank["receipt"].startswith("seen to change: teacher at 0 of ")
+        assert "on 1 of 2 ranks" in rank["receipt"]
+
+
 @pytest.fixture(scope="module")
 def nan(tmp_path_factory):
     return run_in_processes(distributed_fits.nan_on_one, tmp_path_factory.mktemp("nan"))

@@ -120,7 +120,7 @@ def in_hook(name, every):
         count = 0
 
         def _average(self, *args, **kwargs):
-            if self.count % every == 0:
+            if (self.count + (every < 0)) % every == 0:
                 average(self)
             self.count += 1
 
@@ -146,12 +146,12 @@ def in_hook(name, every):
     return Own()
 
 
-@pytest.mark.parametrize("every", [1, 2, 10])
+@pytest.mark.parametrize("every", [1, 2, 10, -5])  # -5: every 5th, for the first time in the 5th
 @pytest.mark.parametrize(
     "hook", ["training_step", "optimizer_step", "on_train_batch_end", "on_before_zero_grad", "on_train_batch_start"]
 )
 def test_a_module_that_updates_its_teacher_itself_causes_no_warning(hook, every):
-    assert not fit(in_hook(hook, every), CollapseMonitorCallback(), count=8)
+    assert not fit(in_hook(hook, every), CollapseMonitorCallback(), count=12)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +172,26 @@ def test_any_way_to_update_the_teacher_counts(update):
             update(pl_module)
 
     assert not fit(InDicts(), CollapseMonitorCallback(), Own())
+
+
+def test_a_callback_of_the_user_that_updates_the_teacher_every_fifth_step_causes_no_warning():
+    class Own(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step % 5 == 0:
+                average(pl_module)
+
+    assert not fit(InDicts(), CollapseMonitorCallback(), Own(), count=12)
+
+
+def test_code_that_could_update_the_teacher_but_does_not_is_reported_later():
+    class Never(InDicts):
+        def on_train_batch_end(self, *_):
+            if self.global_step > 1000:
+                average(self)
+
+    ((_, step),) = fit(Never(), CollapseMonitorCallback(), count=224)
+    assert step == 207  # 200 batches, and the next check
+    assert len(fit(Never(), CollapseMonitorCallback(), count=8)) == 1  # at the end of a short run
 
 
 def test_a_fixed_teacher_and_a_teacher_of_another_architecture_cause_no_warning():
