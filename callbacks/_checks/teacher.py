@@ -41,8 +41,8 @@ class TeacherCheck:
 
     Parameters that are then unchanged, frozen and in no pair are followed through one training step (`Flow`). Those
     that feed only the teacher's outputs of a loss, although their counterparts in the student have changed, are
-    reported. Without such parameters, no step is followed. If code of a module or a
-    callback may update the teacher every k steps (`may_write`), it has more time for a first update.
+    reported. Without such parameters, no step is followed. If code of a module or a callback may update the teacher
+    every k steps (`may_write`), it has more time for a first update.
 
     Attributes:
         outcome: Names of the teacher's parts outside the pairs that are left behind, "none" or "not checked".
