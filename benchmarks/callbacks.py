@@ -58,7 +58,7 @@ class Measure(Callback):
         layer = pl_module.head.last_layer  # type: ignore[union-attr]
         gradient, value = torch.zeros_like(layer.weight_v), torch.zeros((), requires_grad=True)  # type: ignore[union-attr, arg-type]
         outputs = torch.zeros(2, 1, 4)
-        # A step between two looks, as most are.
+        # A step between two checks, like most steps.
         trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
         trainer.fit_loop.epoch_loop.max_steps = -1
         sides: list[nn.Module] = [pl_module.student, pl_module.teacher]  # type: ignore[list-item]

@@ -169,7 +169,7 @@ class AfterScheduledStep(AfterOptimizerStep):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Raise an error if the number of batches or their accumulation has changed since the start of the run.
 
-        At the first batch of each epoch, when all callbacks that may change them have been called.
+        It runs at the first batch of each epoch, after all callbacks that may change them.
         """
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if trainer.current_epoch == self._epoch:
@@ -207,9 +207,9 @@ class AfterScheduledStep(AfterOptimizerStep):
         epochs = trainer.max_epochs
         if epochs is not None and epochs > 1 and _adds_an_epoch(trainer):
             raise MisconfigurationException(
-                f"{type(self).__name__} follows a schedule over the whole run, and StochasticWeightAveraging adds an "
-                "epoch in which nothing is trained, to update batch norm: set total_steps, the number of optimizer "
-                f"steps without this epoch, {type(self).__name__}(..., total_steps="
+                f"{type(self).__name__} follows a schedule over the whole run, but StochasticWeightAveraging adds an "
+                "epoch without training, to update batch norm: set total_steps to the number of optimizer steps "
+                f"without this epoch, {type(self).__name__}(..., total_steps="
                 f"{int(steps * (epochs - 1) / epochs)})"
             )
         if not trainer.lightning_module.automatic_optimization:

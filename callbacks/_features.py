@@ -63,7 +63,7 @@ def labelled_loaders(
     """Return the two loaders; the datamodule (or the LightningModule) replaces one that is None.
 
     It calls `knn_dataloaders()` if this method exists, else train_dataloader() and val_dataloader() (or
-    test_dataloader()). Of a list, a dict or a CombinedLoader of loaders, it takes the first.
+    test_dataloader()). From a list, a dict or a CombinedLoader of loaders, it uses the first.
     """
     if train is not None and test is not None:
         return _first_loader(train), _first_loader(test)
@@ -86,7 +86,7 @@ def labelled_loaders(
 
 
 def _first_loader(loaders: Any) -> Iterable[Any]:
-    """The first of several loaders, as a Trainer accepts them; any other iterable unchanged."""
+    """The first of several loaders in a form that a Trainer accepts; any other iterable unchanged."""
     leaves = loaders.flattened if isinstance(loaders, CombinedLoader) else tree_leaves(loaders)
     is_several = isinstance(loaders, CombinedLoader) or isinstance(next(iter(leaves), None), DataLoader)
     return next(iter(leaves), ()) if is_several else loaders

@@ -42,13 +42,13 @@ class CollapseMonitorCallback(Checked):
 
     Every diagnosis (`diagnose`) uses the averages of the last `patience` measurements and the rank of all their
     embeddings. It is reported once, with epoch and step: a collapse as a warning, a case that may be harmless as
-    information. A teacher that nothing updates is reported earlier, as by each callback of this library.
+    information. A teacher that is never updated is reported earlier, as by every callback of this library.
 
     `dino/loss` is the loss of one measured batch (of at most 256 rows of FactoredLogits), while the `loss` that the
     example module logs is the mean over an epoch.
 
-    Training is bitwise the same with and without it. Between measurements, no memory on the device is used and no value
-    is read from it.
+    Training is bitwise the same with and without it. Between measurements, it uses no memory on the device and reads no
+    value from it.
 
     Args:
         every_n_steps: Number of training batches from one measurement to the next, >= 1; the first batch is measured.
@@ -221,7 +221,7 @@ class CollapseMonitorCallback(Checked):
         if case not in map(_case, self.diagnoses):
             text = f"{diagnosis} (seen in epoch {trainer.current_epoch}, step {trainer.global_step})"
             self.diagnoses.append(text)
-            if case != "teacher does not follow":  # which the check has reported
+            if case != "teacher does not follow":  # TeacherCheck has reported it
                 (rank_zero_warn if case in COLLAPSES else rank_zero_info)(text)
         if self.stop and case in COLLAPSES:
             trainer.should_stop = True

@@ -74,7 +74,7 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         self.module = module
         self._freezes: list[_Freeze] = []
         self._running: list[_Freeze] = []  # the freezes that have not ended
-        self._released: list[_Freeze] = []  # those that have, and whose weights have not been seen to change
+        self._released: list[_Freeze] = []  # ended freezes whose weights have not changed since
         self._records: dict[str, _Record] = {}
         self._warned = False
 
@@ -200,9 +200,9 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
         changed = _changed(pl_module, freezes)
         if changed:
             raise MisconfigurationException(
-                f"{_names(changed)} changed while it was frozen (seen at optimizer step {trainer.global_step}). "
-                "Something other than the gradients that Lightning sees has written to it: a raw torch optimizer's "
-                "step under manual optimization (use self.optimizers() and self.manual_backward), a callback that "
+                f"{_names(changed)} changed while frozen (seen at optimizer step {trainer.global_step}). Something "
+                "other than the gradients that Lightning sees has changed the weights: a raw torch optimizer's step "
+                "under manual optimization (use self.optimizers() and self.manual_backward), a callback that "
                 "restores gradients or weights, or code that replaces the module"
             )
 
@@ -213,12 +213,12 @@ class FreezeLastLayerCallback(AfterOptimizerStep):
             freeze.steps_since_release += 1
             if freeze in changed or freeze.steps_since_release == STEPS_AFTER_RELEASE:
                 seen = f"seen to change at step {trainer.global_step}"
-                missed = f"not seen to change in {STEPS_AFTER_RELEASE} steps since"
+                missed = f"unchanged in the {STEPS_AFTER_RELEASE} steps after"
                 freeze.record.receipt = f"{freeze.record.receipt}, {seen if freeze in changed else missed}"
                 self._finish(freeze)
 
     def _finish(self, freeze: "_Freeze") -> None:
-        """Print the receipt, and drop the weights."""
+        """Print the receipt, and discard the copy of the weights."""
         self._released.remove(freeze)
         freeze.before = {}
         rank_zero_info(freeze.record.receipt)

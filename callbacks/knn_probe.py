@@ -37,9 +37,9 @@ class KNNProbeCallback(Checked):
         train: Loader of labelled samples that vote, without augmentation; None for the first of `knn_dataloaders()` of
             the datamodule (or the LightningModule), or else its train_dataloader().
         test: Loader of labelled samples to classify; None for the second of knn_dataloaders(), or else
-            val_dataloader(), or else test_dataloader(). Of a list, a dict or a CombinedLoader of loaders, here and for
-            `train`, the probe takes the first. The datamodule creates its loaders when training starts; the probe keeps
-            them (also with reload_dataloaders_every_n_epochs), so that its values are comparable.
+            val_dataloader(), or else test_dataloader(). From a list, a dict or a CombinedLoader of loaders, here and
+            for `train`, the probe uses the first. The datamodule creates its loaders when training starts; the probe
+            keeps them (also with reload_dataloaders_every_n_epochs), so that its values are comparable.
         module: Name of a submodule of the LightningModule that returns features (B, D), as in `named_modules()`; "" for
             the LightningModule itself, with its forward.
         k: Number of neighbours that vote, >= 1.

@@ -66,11 +66,11 @@ class ScheduleCallback(AfterScheduledStep):
         self._value: float | None = None  # for that step
         self._first: float | None = None  # read back after the first and the last step
         self._last: float | None = None
-        self._changed = 0  # number of steps after which it had another value than the one that was set
+        self._changed = 0  # number of steps after which the value differed from the one that was set
 
     @property
     def receipt(self) -> str | None:
-        """The target's values, read back after the first and the last step; None before a step."""
+        """The target's values, read back after the first and the last step; None before the first step."""
         if self._first is None or self._last is None:
             return None
         text = f"{self.target} from {self._first:.6g} to {self._last:.6g} in {self.progress()}"

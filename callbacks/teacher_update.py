@@ -45,8 +45,8 @@ class TeacherUpdateCallback(AfterScheduledStep):
     an error on all processes before a NaN on one of them reaches the weights. The value is read before the optimizer's
     step, while the device is busy with backward, so the check does not slow down training.
 
-    The first three updates, the last one of each epoch and the last of the run are compared with the weights before;
-    `receipt` has the result. Updates with momentum 1, or of a teacher that equals the student, are not counted.
+    At the first three updates, the last one of each epoch and the last of the run, the weights are compared with those
+    before; `receipt` has the result. Updates with momentum 1, or of a teacher that equals the student, do not count.
 
     Args:
         pairs: Names of the (student, teacher) submodules of the LightningModule. Parts of a teacher outside the pairs
@@ -92,21 +92,21 @@ class TeacherUpdateCallback(AfterScheduledStep):
         self._teachers: list[Tensor] = []
         self._losses: GuardedLosses | None = None
         self._is_checked = False  # whether the first step checked that the parameters are still the module's
-        # For the receipt: for each name, the looks at which it was seen to change, of those at which it should have.
+        # For the receipt, by name: number of checks at which it changed, and at which it should have changed.
         self._seen: dict[str, list[int]] = {}
-        self._ranks = self._world = 1  # processes in which it did at every look, of all
+        self._ranks = self._world = 1  # processes in which all changed at every check, and all processes
         self._other_parts_before = "not checked"
 
     @property
     def receipt(self) -> str | None:
-        """The modules that were seen to change, the updates, the last momentum; None before the first update."""
+        """The observed changes, the number of updates and the last momentum; None before the first update."""
         if not self.steps_taken:
             return None
-        looks = [f"{name} at {seen} of {counted}" for name, (seen, counted) in self._seen.items()]
-        seen = f"seen to change: {', '.join(looks)} looks, on {self._ranks} of {self._world} ranks"
+        checks = [f"{name} at {seen} of {counted}" for name, (seen, counted) in self._seen.items()]
+        seen = f"seen to change: {', '.join(checks)} checks, on {self._ranks} of {self._world} ranks"
         return (
-            f"{seen if looks else 'not looked at'}, in {self.progress()}, last with momentum {self.last_momentum:.6g}; "
-            f"other parts of the teacher: {self._other_parts}"
+            f"{seen if checks else 'not checked'}, in {self.progress()}, last with momentum {self.last_momentum:.6g}; "
+            f"teacher parts left behind: {self._other_parts}"
         )
 
     @property
@@ -126,7 +126,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
 
     @property
     def updated_pairs(self) -> Pairs:
-        """The pairs."""
+        """All of its pairs."""
         return self.pairs
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -193,7 +193,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
 
     @torch.no_grad()
     def _look_at_update(self) -> None:
-        """Update, and count which teachers and centers changed, of those that should."""
+        """Update, and count the teachers and centers that changed, of those that should."""
         centers = {} if self._losses is None else self._losses.moving_centers()
         centers_before = [center.clone() for center in centers.values()]
         before = fingerprint(self._teachers)
@@ -227,9 +227,9 @@ class TeacherUpdateCallback(AfterScheduledStep):
         self._check_current(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The count of steps, the length of the schedule, and the looks so far."""
-        looks = {"seen": self._seen, "ranks": self._ranks, "other_parts": self._other_parts}
-        return {**super().state_dict(), **looks}
+        """The count of steps, the length of the schedule, and the results of the checks."""
+        checks = {"seen": self._seen, "ranks": self._ranks, "other_parts": self._other_parts}
+        return {**super().state_dict(), **checks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the counts of a resumed run."""
@@ -240,7 +240,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
 
     @property
     def _other_parts(self) -> str:
-        """What was observed of parts of the teacher outside the pairs, in this run or before it was resumed."""
+        """Outcome of the check of the teacher's parts outside the pairs, in this run or before it was resumed."""
         check = self.teacher_check
         return self._other_parts_before if check is None or check.outcome == "not checked" else check.outcome
 
@@ -294,7 +294,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
 def find_weights(pl_module: LightningModule, pairs: Pairs) -> list[Weights]:
     """For each pair, (student, teacher) of the teacher's parameters, after checking that the two match.
 
-    A parameter that several modules share is in the first pair alone, and a frozen one that both sides share in none.
+    A parameter that several modules share is only in the first pair, a frozen one that both sides share in none.
     """
     found: dict[int, Tensor] = {}  # parameters of the students, by their teachers
     of_pairs: list[Weights] = []

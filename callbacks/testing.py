@@ -151,7 +151,7 @@ def assert_teacher_follows(
     try:
         _trainer([*callbacks, follow], **options).fit(module, data)
     except MisconfigurationException as error:
-        if "the teacher is updated in part" in str(error):
+        if "the teacher is only partly updated" in str(error):
             raise AssertionError(str(error)) from None
         raise
     assert follow.updates, "the teacher never changed: add TeacherUpdateCallback() to the Trainer's callbacks"
@@ -185,7 +185,7 @@ class _Follow(AfterOptimizerStep):
         self._before = self._teachers(pl_module)
         super().on_train_start(trainer, pl_module)
         assert self.teacher_check is not None
-        self.teacher_check.wait = 0  # two steps may be all there are
+        self.teacher_check.wait = 0  # the run may have only two steps
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         steps = self.steps_taken

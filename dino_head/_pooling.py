@@ -9,7 +9,7 @@ MAPS = "maps.flatten(2).mean(dim=2)"
 
 
 def how_to_pool(output: object) -> str:
-    """The kind of an output, and the function of it that returns features (B, D)."""
+    """The kind of an output, and how to get features (B, D) from it."""
     remedy = "wrap the backbone in dino_head.vision.Features(backbone, function) with a function that returns"
     if isinstance(output, Tensor):
         shape = tuple(output.shape)

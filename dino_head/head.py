@@ -91,7 +91,7 @@ class ProjectionHead(nn.Module):
             )
 
     def _remedy(self, shape: tuple[int, ...]) -> str:
-        """What to do with inputs of a wrong width."""
+        """Remedy for inputs of a wrong width."""
         if not shape:
             return "pass features of shape (..., input_dim)"
         for trailing in range(1, len(shape) - 1):
@@ -170,7 +170,7 @@ class DINOProjectionHead(ProjectionHead):
         if hidden_dim >= SUSPICIOUS_HIDDEN_DIM and hidden_dim > output_dim:
             raise ValueError(
                 f"hidden_dim={hidden_dim} is larger than output_dim={output_dim}: for {hidden_dim} prototypes, use "
-                f"DINOProjectionHead({input_dim}, output_dim={hidden_dim}), as the order by position is input_dim, "
+                f"DINOProjectionHead({input_dim}, output_dim={hidden_dim}), as the positional order is input_dim, "
                 "hidden_dim, bottleneck_dim, output_dim"
             )
         widths = [input_dim] + [hidden_dim] * (num_layers - 1)
@@ -249,7 +249,7 @@ class DINOProjectionHead(ProjectionHead):
 def options_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of DINOProjectionHead, inferred from the keys and shapes of a state dict.
 
-    `norm_last_layer` is None without weight norm, and else True, because only the values of the norms could tell.
+    `norm_last_layer` is None without weight norm and otherwise True, because the keys do not tell True from False.
 
     Raises:
         ValueError: The MLP or the last layer has no matrix.
@@ -279,7 +279,7 @@ def options_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _unlike_options(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
-    """An error message if state dicts of this and another head differ in options, or none."""
+    """The error message if the state dicts of this and another head differ in options, as a list; else empty."""
     try:
         expected, found = options_of(own), options_of(given)
     except ValueError:  # not a complete head: PyTorch lists the keys
@@ -289,6 +289,6 @@ def _unlike_options(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> l
         return []
     here, there = (", ".join(f"{name}={options[name]}" for name in names) for options in (expected, found))
     return [
-        f"the state dict is of a head with {there}, this one has {here}: set these options of DINOProjectionHead, or "
-        "load the head with dino_head.checkpoints.load_head, which makes one that fits"
+        f"the state dict is from a head with {there}, but this one has {here}: set these options of "
+        "DINOProjectionHead, or load the head with dino_head.checkpoints.load_head, which makes one that fits"
     ]

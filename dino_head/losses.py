@@ -189,20 +189,20 @@ class DINOLoss(nn.Module):
                 state_dict[key] = center.float().reshape(1, 1, -1)
             else:
                 error_msgs.append(
-                    f"{key} is of {center.numel()} prototypes, and this DINOLoss has output_dim={self.output_dim}: set "
+                    f"{key} has {center.numel()} prototypes, but this DINOLoss has output_dim={self.output_dim}: set "
                     "the output_dim of the head whose weights are loaded"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
         add_remedy(
             missing_keys,
             key,
-            'the state dict is of a loss without center, set DINOLoss(centering="sinkhorn"), or start with a center of '
-            "0 by strict=False (of a LightningModule, strict_loading = False)",
+            'the state dict is from a loss without a center, set DINOLoss(centering="sinkhorn"), or start with a '
+            "center of 0 by strict=False (of a LightningModule, strict_loading = False)",
         )
         add_remedy(
             unexpected_keys,
             key,
-            'the state dict is of a loss with a center, set DINOLoss(centering="mean"), or drop the center by '
+            'the state dict is from a loss with a center, set DINOLoss(centering="mean"), or drop the center by '
             "strict=False (of a LightningModule, strict_loading = False)",
         )
 

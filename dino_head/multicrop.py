@@ -26,7 +26,7 @@ def multicrop_forward(module: Callable[[Tensor], Tensor], views: Sequence[Tensor
 
     Raises:
         ValueError: A single tensor or other values in place of a list of tensors, views with different numbers of
-            samples, or outputs of `module` that are not tensors, one row for each input and of one shape for all sizes.
+            samples, or outputs of `module` that are not tensors with one row for each input, or differ in shape.
 
     >>> views = [torch.ones(4, 3, 16, 16), torch.ones(4, 3, 8, 8), torch.ones(4, 3, 16, 16)]
     >>> multicrop_forward(lambda x: x.mean(dim=(2, 3)), views).shape

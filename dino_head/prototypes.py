@@ -68,8 +68,10 @@ class Prototypes(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         unexpected_keys: list[str] = args[-2]
         remedy = "or convert the weights with dino_head.checkpoints.load_head(..., head=head)"
-        add_remedy(unexpected_keys, f"{prefix}weight", f"a plain last layer, set norm_last_layer=None, {remedy}")
-        add_remedy(unexpected_keys, f"{prefix}weight_v", f"of weight norm, set norm_last_layer=True or False, {remedy}")
+        add_remedy(unexpected_keys, f"{prefix}weight", f"from a plain last layer, set norm_last_layer=None, {remedy}")
+        add_remedy(
+            unexpected_keys, f"{prefix}weight_v", f"from weight norm, set norm_last_layer=True or False, {remedy}"
+        )
 
 
 class WeightNormPrototypes(Prototypes):
@@ -79,8 +81,8 @@ class WeightNormPrototypes(Prototypes):
     `torch.nn.utils.weight_norm`. The effective `weight` is computed at each use, so that the module can be copied,
     pickled and compiled after use.
 
-    Fixed norms are a buffer of ones, so `requires_grad_(True)` does not make them trainable. A state dict with other
-    norms is an error.
+    Fixed norms are a buffer of ones, so `requires_grad_(True)` does not make them trainable. Loading a state dict with
+    other norms raises an error.
 
     Args:
         bottleneck_dim: Width D of the bottleneck.
@@ -109,8 +111,8 @@ class WeightNormPrototypes(Prototypes):
     @property
     def weight(self) -> Tensor:
         """The effective prototypes, shape (K, D)."""
-        # Fixed norms are new ones, not the buffer: DDP writes to buffers before each forward, after which autograd
-        # refuses the backward of an earlier one, and fully_shard does not shard them with `weight_v`.
+        # Fixed norms are a new tensor of ones, not the buffer: DDP writes to buffers before each forward, after which
+        # autograd refuses the backward of an earlier one, and fully_shard does not shard them with `weight_v`.
         norms = self.weight_g if self.trainable_norm else torch.ones_like(self.weight_v[:, :1])
         return weight_norm(self.weight_v, norms)
 

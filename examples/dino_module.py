@@ -93,7 +93,7 @@ class DINO(LightningModule):
         with torch.no_grad():
             teacher = self.outputs(self.teacher, views[: self.global_views])
         loss: Tensor = self.loss(teacher, student, self.current_epoch)  # -sum_k p_t log q_s, mean over t != s and B
-        # The mean over an epoch; `dino/loss` of CollapseMonitorCallback is of single batches.
+        # The mean over an epoch; `dino/loss` of CollapseMonitorCallback is the loss of single batches.
         self.log("loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=views[0].shape[0])
         return loss
 

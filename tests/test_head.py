@@ -147,21 +147,21 @@ def test_norm_last_layer_decides_whether_the_scale_is_trained(norm_last_layer, t
 
 @pytest.mark.parametrize("prefix", ["", "student.head."])
 @pytest.mark.parametrize(("options", "message"), [
-    ({"output_dim": 32}, "a head with output_dim=32, this one has output_dim=16: set these options of"),
-    ({"input_dim": 9}, "a head with input_dim=9, this one has input_dim=8: set"),
-    ({"batch_norm": False}, "batch_norm=False, bias=True, this one has batch_norm=True, bias=None"),
+    ({"output_dim": 32}, "a head with output_dim=32, but this one has output_dim=16: set these options of"),
+    ({"input_dim": 9}, "a head with input_dim=9, but this one has input_dim=8: set"),
+    ({"batch_norm": False}, "batch_norm=False, bias=True, but this one has batch_norm=True, bias=None"),
 ])  # fmt: skip
 def test_a_state_of_other_sizes_names_the_options_to_set(options, message, prefix):
     sizes = {"input_dim": 8, "hidden_dim": 8, "bottleneck_dim": 4, "output_dim": 16}
     head, other = DINOProjectionHead(**sizes), DINOProjectionHead(**{**sizes, **options})
     module = nn.ModuleDict({"student": nn.ModuleDict({"head": head})}) if prefix else head
-    with pytest.raises(RuntimeError, match=f"(?s)state dict is of .*{message}"):
+    with pytest.raises(RuntimeError, match=f"(?s)state dict is from .*{message}"):
         module.load_state_dict(other.state_dict(prefix=prefix))
 
 
 @pytest.mark.parametrize(("own", "loaded", "message"), [
-    (True, None, r'"last_layer.weight: a plain last layer, set norm_last_layer=None, or convert .*load_head'),
-    (None, False, r'"last_layer.weight_v: of weight norm, set norm_last_layer=True or False, or convert'),
+    (True, None, r'"last_layer.weight: from a plain last layer, set norm_last_layer=None, or convert .*load_head'),
+    (None, False, r'"last_layer.weight_v: from weight norm, set norm_last_layer=True or False, or convert'),
 ])  # fmt: skip
 def test_a_state_with_another_last_layer_names_the_option_to_set(own, loaded, message):
     head, other = (DINOProjectionHead(8, 8, 4, 16, norm_last_layer=norm) for norm in (own, loaded))
@@ -362,7 +362,7 @@ def test_the_means_that_the_errors_advise_are_features():
 @pytest.mark.parametrize("arguments", [(64, 65536), (64, 16384, 256, 4096)])
 def test_the_authors_order_of_arguments_is_refused_before_memory_is_allocated(arguments, monkeypatch):
     monkeypatch.setattr(nn, "Linear", lambda *args, **options: pytest.fail("allocated"))
-    options = rf"DINOProjectionHead\(64, output_dim={arguments[1]}\), as the order by position is input_dim, hidden_dim"
+    options = rf"DINOProjectionHead\(64, output_dim={arguments[1]}\), as the positional order is input_dim, hidden_dim"
     with pytest.raises(ValueError, match=options):
         DINOProjectionHead(*arguments)
 

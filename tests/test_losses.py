@@ -211,9 +211,7 @@ def test_a_center_saved_in_another_type_loads_as_float32(dtype):
 
 
 def test_a_center_of_another_size_is_refused():
-    with pytest.raises(
-        RuntimeError, match=r"(?s)loss.center is of 8 prototypes, and .* output_dim=16: .*size mismatch"
-    ):
+    with pytest.raises(RuntimeError, match=r"(?s)loss.center has 8 prototypes, but .* output_dim=16: .*size mismatch"):
         torch.nn.ModuleDict({"loss": DINOLoss(16)}).load_state_dict({"loss.center": torch.zeros(8)})
 
 

@@ -1,4 +1,4 @@
-"""What every callback of this library checks while a Trainer trains: modes, and that the teacher follows."""
+"""Checks that every callback of this library runs during training: modes, and updates of the teacher."""
 
 from typing import Any
 
@@ -13,16 +13,16 @@ from dino_head.callbacks._checks.teacher import TeacherCheck
 INSIDE_WINDOW = "dino_head_inside_accumulation_window"  # key of a checkpoint
 LOST = (
     ": Lightning saves no gradients, so a resumed run loses those of the window and differs from an uninterrupted one. "
-    "Write checkpoints after optimizer steps, ModelCheckpoint(every_n_train_steps=...), and validate after them, "
-    "val_check_interval as a multiple of accumulate_grad_batches"
+    "Write checkpoints after optimizer steps, with ModelCheckpoint(every_n_train_steps=...), and set "
+    "val_check_interval to a multiple of accumulate_grad_batches"
 )
 
 
 class Checked(Callback):
-    """Base class of the callbacks. The first of them in a Trainer checks modes and teacher, once for all.
+    """Base class of the callbacks. The first of them in a Trainer checks modes and teacher for all.
 
-    Modes are checked at the first batch of each epoch, when all hooks that may set them have been called. A checkpoint
-    that is written inside an accumulation window causes a warning, and another one when a run is resumed from it.
+    Modes are checked at the first batch of each epoch, after all hooks that may set them. A checkpoint that is written
+    inside an accumulation window causes a warning when it is written and when a run is resumed from it.
     """
 
     teacher_check: TeacherCheck | None = None  # of this run, the same for all callbacks of the Trainer
@@ -38,7 +38,7 @@ class Checked(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the checks."""
-        ours = _ours(trainer) or [self]  # inside a callback of the user's, which delegates to it
+        ours = _ours(trainer) or [self]  # self: inside a user's callback that delegates to it
         self._is_first = ours[0] is self
         if self._is_first:
             check = TeacherCheck(trainer, pl_module, _pairs(trainer))
@@ -47,7 +47,7 @@ class Checked(Callback):
             self._checked_epoch, self._reported, self._holds_gradients = -1, frozenset(), False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Check, when all hooks of the previous batch have been called."""
+        """Run the checks, after all hooks of the previous batch."""
         if not self._is_first or self.teacher_check is None:
             return
         if trainer.current_epoch != self._checked_epoch:
@@ -65,7 +65,7 @@ class Checked(Callback):
         self._holds_gradients = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Warn, if the checkpoint is written inside an accumulation window."""
+        """Warn if the checkpoint is written inside an accumulation window."""
         if self._is_first and self._holds_gradients and INSIDE_WINDOW not in checkpoint:
             checkpoint[INSIDE_WINDOW] = True
             self._warn(
@@ -74,12 +74,12 @@ class Checked(Callback):
             )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Warn, if the checkpoint was written inside an accumulation window."""
+        """Warn if the checkpoint was written inside an accumulation window."""
         if checkpoint.get(INSIDE_WINDOW) and (_ours(trainer) or [self])[0] is self:
             self._warn(f"the run is resumed from a checkpoint that was written inside an accumulation window{LOST}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check after the last batch."""
+        """Run the checks after the last batch."""
         if self._is_first and self.teacher_check is not None:
             self.teacher_check.look(trainer, is_last=True)
             self.teacher_check.end()

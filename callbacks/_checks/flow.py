@@ -1,4 +1,4 @@
-"""Which parameters an output was computed from."""
+"""Finding the parameters from which an output was computed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class Flow(TorchDispatchMode):
-    """While it is active, follows parameters through all operations, with or without gradients, and compiled ones.
+    """While it is active, follows parameters through all operations, including those without gradients.
 
-    Compiled functions run uncompiled inside of it.
+    It also follows them through compiled functions, which run uncompiled while it is active.
 
     Args:
         parameters: Parameters by name. Those that share memory count as one.

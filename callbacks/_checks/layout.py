@@ -42,18 +42,18 @@ def local_part(parameter: Tensor) -> Tensor:
 
 
 def without_compile(name: str) -> str:
-    """A parameter's name as if `torch.compile` had wrapped nothing."""
+    """A parameter's name without the parts that `torch.compile` adds."""
     return name.replace("_orig_mod.", "")
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
-    """One int64 for each tensor, on its device: the sum of its bits read as integers. Equal tensors have equal ones."""
+    """One int64 for each tensor, on its device: the sum of its bits read as integers. It is equal for equal tensors."""
     parts = [local_part(tensor).contiguous() for tensor in tensors]
     return torch.stack([part.view(INTEGERS[part.element_size()]).sum() for part in parts])
 
 
 def read(values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> list[float]:
-    """Reduce small values (N,) over all processes on the device, and transfer them to the host: one look."""
+    """Reduce small values (N,) over all processes on the device, and copy them to the host, once."""
     values = values.to(torch.float32)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(values, op)
@@ -68,8 +68,8 @@ def matching_pairs(
 
     Args:
         pl_module: Module that contains both sides.
-        teachers: Names of the parameters of teachers. A teacher module contains no others, and a student module none.
-        students: Names of parameters that are trained. A teacher whose student has none of them is left out.
+        teachers: Names of the parameters of teachers. A teacher module contains only these, a student module none.
+        students: Names of parameters that are trained. A teacher whose student has none of them is skipped.
         others: Names of further parameters that no student contains.
     """
     shapes = {name: parameter.shape for name, parameter in pl_module.named_parameters()}

@@ -20,7 +20,7 @@ class GuardedLosses:
     Each call adds its value, and 0 or NaN for the outputs of both sides, to five numbers on the device. Before
     backward they are reduced over all processes and copied to the host, without waiting. Before the optimizer's step,
     when backward is queued, the host reads them. Under manual optimization, where the optimizer may be one that
-    Lightning does not know, the host reads them in the call.
+    Lightning does not know, the host reads them during the call.
 
     The losses are guarded only within batches. Copies made between batches are then plain modules, and calls between
     batches do not mix with the sums of an accumulation window.
@@ -135,7 +135,7 @@ class _HostCopy:
             self.is_done.record()
 
     def read(self) -> list[float]:
-        """Wait for the copy alone, not for what was queued after it."""
+        """Wait only for the copy, not for work that was queued after it."""
         if self.is_done is not None:
             self.is_done.synchronize()
         values: list[float] = self.values.tolist()
@@ -143,7 +143,7 @@ class _HostCopy:
 
 
 def explain(outputs: tuple[float, float], weights: tuple[bool, bool], *, center_is_finite: bool) -> str:
-    """For (teacher, student): 0 or NaN for outputs, whether weights are finite -> the cause and the remedy."""
+    """0 or NaN for the outputs of (teacher, student), whether their weights are finite -> cause and remedy."""
     names = ("teacher", "student")
     broken = [name for name, total in zip(names, outputs, strict=True) if not math.isfinite(total)]
     of_weights = [name for name, is_finite in zip(names, weights, strict=True) if not is_finite]

@@ -1,4 +1,4 @@
-"""Training and evaluation modes that would silently change the method, when training starts."""
+"""Errors and warnings about training and evaluation modes that would silently change the method."""
 
 from collections.abc import Iterable, Iterator
 
@@ -28,8 +28,8 @@ def check_modes(pl_module: LightningModule, pairs: Pairs) -> list[str]:
     ]
     if still:
         raise MisconfigurationException(
-            f"{_listed(still)} is in evaluation mode, in which its center is never updated. Lightning keeps the mode "
-            f"that a module has before fit: call model.train(), or {still[0]}.train()"
+            f"{_listed(still)} {'is' if len(still) == 1 else 'are'} in evaluation mode, in which the center is never "
+            f"updated. Lightning keeps the mode that a module has before fit: call model.train(), or {still[0]}.train()"
         )
     warnings = []
     for student, teacher in pairs:
@@ -51,9 +51,9 @@ def _check_student(pl_module: LightningModule, student: str, modules: Modules) -
     )
     if len(still) == len(modules) and not are_frozen_norms:
         raise MisconfigurationException(
-            f"the student is trained with {found}: with nothing of it in training mode, drop path and dropout do "
-            f"nothing and batch norm does not follow the data. from_pretrained() and model.eval() leave modules in "
-            f"this mode, and Lightning keeps it: call {student}.train()"
+            f"the student is trained with {found}: drop path and dropout do nothing, and batch norm does not follow "
+            "the data. After from_pretrained() and model.eval(), modules are in evaluation mode, and Lightning keeps "
+            f"the mode: call {student}.train()"
         )
     return [
         f"the student is trained with {found}. If batch norm is frozen on purpose, ignore this; otherwise call "
@@ -73,15 +73,15 @@ def _check_teacher(pl_module: LightningModule, student: str, teacher: str) -> li
     if still:
         warnings.append(
             f"the teacher's batch norm ({_listed(f'{teacher}.{name}'.rstrip('.') for name in still)}) is in evaluation "
-            "mode: only parameters are averaged, so its running statistics stay those of the start, and the teacher's "
-            f"features become worse. Call {teacher}.train(), as DINO's authors do, or use layers without batch norm "
-            "(DINOProjectionHead(batch_norm=False))"
+            "mode: only parameters are averaged, so its running statistics keep their initial values, and the "
+            f"teacher's features become worse. Call {teacher}.train(), as DINO's authors do, or use layers without "
+            "batch norm (DINOProjectionHead(batch_norm=False))"
         )
     noisy = [name for name, module in random.items() if module.training]
     if noisy:
         remedy = f"Call {teacher}.eval(), as the authors of DINOv2 do"
         if norms:
-            remedy = "Call eval() on these modules alone, as the teacher's batch norm has to stay in training mode"
+            remedy = "Call eval() only on these modules, because the teacher's batch norm has to stay in training mode"
         warnings.append(
             f"the teacher acts randomly ({_listed(f'{teacher}.{name}'.rstrip('.') for name in noisy)} in training "
             f"mode: drop path, dropout or random positions), which makes its targets noisy. {remedy}"
@@ -90,7 +90,7 @@ def _check_teacher(pl_module: LightningModule, student: str, teacher: str) -> li
 
 
 def _act_differently(side: nn.Module) -> tuple[Modules, Modules]:
-    """Modules that act differently in training mode: norms with running statistics, and modules that draw numbers."""
+    """Modules that act differently in training mode: norms with running statistics, and random modules."""
     norms = {name: module for name, module in side.named_modules() if _has_statistics(module)}
     random = {name: module for name, module in side.named_modules() if any(rate > 0 for rate in _rates(module))}
     return norms, random
@@ -101,7 +101,7 @@ def _has_statistics(module: nn.Module) -> bool:
 
 
 def _rates(module: nn.Module) -> Iterator[float]:
-    """Probabilities of a module's own that apply in training mode alone, whatever library it comes from."""
+    """Probabilities of a module that apply only in training mode, whatever library it comes from."""
     kind = type(module).__name__.lower()
     is_drop = "drop" in kind or "stochastic" in kind  # nn.Dropout(p), DropPath, StochasticDepth, PatchDropout(prob)
     for name, value in vars(module).items():

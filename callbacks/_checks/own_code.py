@@ -1,4 +1,4 @@
-"""Whether code of the user's may update a teacher, read from the names that it uses."""
+"""Whether the user's own code may update a teacher, inferred from the names that it uses."""
 
 from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType
@@ -10,7 +10,7 @@ WRITES = ("data", "load_state_dict", "update_parameters", "deepcopy")
 
 
 def may_write(objects: Iterable[object]) -> bool:
-    """Whether any function of these objects, or that they call by name, uses an in-place method or averages.
+    """Whether a function of these objects, or one that it calls by name, uses in-place methods or averages.
 
     A name is enough: the answer only decides how long to wait for an update.
     """

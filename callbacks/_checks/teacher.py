@@ -1,4 +1,4 @@
-"""Whether all parts of the teacher that the loss uses are updated, whoever updates them."""
+"""Checks that all parts of the teacher that the loss uses are updated, by this library or other code."""
 
 import inspect
 from collections.abc import Callable
@@ -30,8 +30,8 @@ from dino_head.functional._outputs import as_outputs
 from dino_head.losses import DINOLoss
 
 STEPS = 3  # optimizer steps after the first one that changed the student
-LOOKS = 16  # batches at each of which it looks, as long as nothing changes; later it looks at every 16th
-LATE = 200  # batches after which code of the user's should have updated the teacher
+LOOKS = 16  # it compares at each of the first 16 batches, later at every 16th
+LATE = 200  # batches after which the user's own code should have updated the teacher
 TRIES = 3  # further optimizer steps in which a loss may be called
 SLOWEST = 1e-4  # 1 - momentum of a slow average
 
@@ -40,14 +40,14 @@ class TeacherCheck:
     """Compares all weights with those at the start, until three optimizer steps after the student first changed.
 
     Parameters that are then unchanged, frozen and in no pair are followed through one training step (`Flow`). Those
-    that only the teacher's outputs of a loss come from, and whose counterparts in the student have changed, are not
-    updated. A run without such parameters is not followed. A module or callback with code that may update the teacher
-    every k steps (`may_write`) has more time for a first update.
+    that feed only the teacher's outputs of a loss, although their counterparts in the student have changed, are
+    reported. Without such parameters, no step is followed. If code of a module or a callback may update the teacher
+    every k steps (`may_write`), it has more time for a first update.
 
     Attributes:
-        outcome: What was observed of the teacher's parts outside the pairs.
-        has_warned: Whether it was reported that nothing updates the teacher.
-        wait: Number of optimizer steps, after the one that first changed the student, after which it judges.
+        outcome: Names of the teacher's parts outside the pairs that are left behind, "none" or "not checked".
+        has_warned: Whether it has warned that the teacher is never updated.
+        wait: Number of optimizer steps from the first change of the student to the decision.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, pairs: Pairs) -> None:
@@ -77,10 +77,10 @@ class TeacherCheck:
         }
 
     def look(self, trainer: Trainer, *, is_last: bool = False) -> None:
-        """Compare the weights after a batch; raise an error or warn when enough has been seen.
+        """Compare the weights after a batch; raise an error or warn after enough steps.
 
         Raises:
-            MisconfigurationException: The teacher is updated in part.
+            MisconfigurationException: The teacher is only partly updated.
         """
         self._batches += 1
         has_stepped = trainer.global_step != self._global_step or trainer.global_step == 0  # 0: raw optimizers
@@ -90,7 +90,7 @@ class TeacherCheck:
         self._global_step = trainer.global_step
         self._parameters = dict(self.pl_module.named_parameters())
         written = self._written()
-        if self._parameters.keys() != self._identities.keys():  # modules came or went
+        if self._parameters.keys() != self._identities.keys():  # modules were added or removed
             self._is_done = True
             return
         now = fingerprint(list(self._parameters.values()))
@@ -112,7 +112,7 @@ class TeacherCheck:
         return may_follow and self._has_own_code
 
     def follow_next(self) -> None:
-        """Follow the parameters through the coming training step, if necessary; the step computes the same values."""
+        """Follow the parameters through the next training step, if necessary; the step computes the same values."""
         if self._is_done or self._steps < self.wait or self._teachers:
             return
         if self._shares_memory() or self._steps > self.wait + TRIES:
@@ -135,7 +135,7 @@ class TeacherCheck:
         self.pl_module.training_step = follow  # type: ignore[method-assign]
 
     def end(self) -> None:
-        """Give the module back its own training step."""
+        """Restore the module's own training step."""
         if self._restore is not None:
             self._restore()
             self._restore = None
@@ -173,19 +173,20 @@ class TeacherCheck:
         students, teachers = (", ".join(names) for names in zip(*pairs, strict=True)) if pairs else ("", "")
         is_updated = bool(self.pairs or self._teachers & changed or self._teachers & self._written())
         covered = {name for name in stuck for _, teacher in pairs if name.startswith(f"{teacher}.")}
-        self.outcome = f"{teachers} not updated" if pairs else "none"
+        self.outcome = teachers if pairs else "none"
         if is_updated and pairs:
             raise MisconfigurationException(
-                f"the teacher is updated in part: the loss uses {teachers}, which did not change in the {self.wait} "
-                f"optimizer steps after {students} first changed, and is in no pair. Name all parts: "
+                f"the teacher is only partly updated: the loss uses {teachers}, which did not change in the "
+                f"{self.wait} optimizer steps after {students} first changed, and "
+                f"{'is' if len(pairs) == 1 else 'are'} in no pair. Name all parts: "
                 f"{as_arguments(self.pl_module, [*self.pairs, *pairs])}"
             )
         if pairs and covered == stuck:  # otherwise the teacher is another architecture
             self.has_warned = True
             rank_zero_warn(
                 f"teacher does not follow: {teachers} did not change in the {self.wait} optimizer steps after "
-                f"{students} first changed. Add {as_arguments(self.pl_module, pairs)} to the Trainer's callbacks, for "
-                "a fixed teacher with base_momentum=1. (If your own code updates it less often, ignore this.)"
+                f"{students} first changed. Add {as_arguments(self.pl_module, pairs)} to the Trainer's callbacks (for "
+                "a fixed teacher, with base_momentum=1). If your own code updates it less often, ignore this warning."
             )
 
     def _should_have_changed(self, student: str, teacher: str) -> bool:
@@ -201,7 +202,7 @@ class TeacherCheck:
         return any(read(torch.stack(changes), dist.ReduceOp.MAX))
 
     def _written(self) -> set[str]:
-        """Frozen parameters that were written to, if only with equal values, as by an average of equal networks."""
+        """Frozen parameters that were written to, even with equal values, as by an average of equal networks."""
         now = self._now_identities()
         return {name for name in self._frozen if now.get(name) != self._identities[name]}
 

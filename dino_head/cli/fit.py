@@ -133,7 +133,7 @@ class FitCLI(LightningCLI):
         if (logger is None or logger is True) and not settings["barebones"]:
             logger = CSVLogger(self.out, name="metrics")
         limit = Timer(settings["max_time"]).time_remaining()
-        # CheckpointOnInterrupt keeps the limit; Lightning would say that it ignores it beside the Timer.
+        # CheckpointOnInterrupt applies the limit; Lightning would warn that it ignores it because of the Timer.
         options = {"callbacks": callbacks, "logger": logger, "max_time": None, **kwargs}
         trainer = super().instantiate_trainer(**options)
         trainer.callbacks.append(CheckpointOnInterrupt(self.out, limit))  # type: ignore[attr-defined]
@@ -152,8 +152,9 @@ def _refuse_savers_on_exception(callbacks: Sequence[Callback]) -> None:
     for callback in callbacks:
         if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
             raise ValueError(
-                f"{type(callback).__name__} would save after an error, in the middle of a batch, where no run resumes "
-                "exactly: remove it (or save_on_exception). After an error, --resume continues from the last checkpoint"
+                f"{type(callback).__name__} would save after an error, in the middle of a batch, from where no run "
+                "resumes exactly: remove it (or save_on_exception). After an error, --resume continues from the last "
+                "checkpoint"
             )
 
 

@@ -20,14 +20,14 @@ TIME_IS_UP = 124  # exit code, that of the command `timeout`
 
 
 class CheckpointOnInterrupt(Checkpoint):
-    """On a signal, or after a time limit, saves a checkpoint and stops at the first point that resumes exactly.
+    """On a signal or after a time limit, saves a checkpoint and stops, as soon as a run can resume exactly.
 
-    The signals are Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2; the same one a second time stops at once. The point is the end
-    of the batch, except where Lightning would not resume exactly: with a validation after the batch, it is the
-    validation's end; inside an accumulation window, the window's end; at the last batch of an epoch, the epoch's end
-    (with max_steps, the end of the next batch). The last epoch is completed.
+    The signals are Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2; the same one a second time stops at once. The run stops at the
+    end of the batch, except where Lightning would not resume exactly: with a validation after the batch, it stops at
+    the validation's end; inside an accumulation window, at the window's end; at the last batch of an epoch, at the
+    epoch's end (with max_steps, at the end of the next batch). At the last batch of the run, it completes the run.
 
-    All processes stop together, whichever of them receive the signal. Under SLURM, the signal with which Lightning
+    All processes stop together, even if only one receives the signal. Under SLURM, the signal with which Lightning
     requeues a job (SIGUSR1) also requeues it here, after the checkpoint. Append this callback to `trainer.callbacks`,
     so that it runs after ModelCheckpoint.
 
@@ -58,7 +58,7 @@ class CheckpointOnInterrupt(Checkpoint):
                 if hasattr(signal, name):  # Windows has two of them
                     signal.signal(getattr(signal, name), self._receive)
         if trainer.world_size > 1:
-            self.group = dist.new_group(backend="gloo")  # asks no device, which would have to finish its work first
+            self.group = dist.new_group(backend="gloo")  # needs no device, which would first have to finish its work
 
     def _receive(self, number: int, _: Any) -> None:
         if number in self.received:
@@ -68,7 +68,7 @@ class CheckpointOnInterrupt(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop, unless a validation or the end of the epoch follows, which a resumed run would skip."""
+        """Stop, unless a validation or the end of the epoch follows; a resumed run would skip it."""
         self.has_trained = True
         if not trainer.is_last_batch and not _validates_after(trainer, batch_idx):
             self._stop_if_asked(trainer)
@@ -137,7 +137,7 @@ def _requeue() -> None:
         subprocess.run(["scontrol", "requeue", job], check=True)
         print(f"requeued SLURM job {job}", flush=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        print(f"SLURM job {job} is not requeued: {error}", flush=True)
+        print(f"SLURM job {job} was not requeued: {error}", flush=True)
 
 
 def how_to_resume(out: Path) -> str:

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """Checkpoints of a run, in no order: ours, and those with which Lightning requeues a SLURM job."""
+    """Checkpoints of a run, in no order: ours, and those that Lightning writes to requeue a SLURM job."""
     return [*(out / "checkpoints").glob("*.ckpt"), *out.glob("hpc_ckpt_*.ckpt")]
 
 
@@ -36,8 +36,9 @@ def check_readable(file: Path) -> int:
         batches: int = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
     except Exception as error:  # depends on the damage
         raise ValueError(
-            f"{file} is no complete checkpoint ({type(error).__name__}). Nothing was changed: use another checkpoint. "
-            "(To resume a run from its previous checkpoint, move this one away. Without any, --resume starts it anew.)"
+            f"{file} is not a complete checkpoint ({type(error).__name__}). Nothing was changed: use another "
+            "checkpoint. (To resume a run from its previous checkpoint, move this one away. Without any, --resume "
+            "starts it anew.)"
         ) from None
     return batches
 
@@ -59,7 +60,7 @@ def open_run(out: Path, config: str, resume: bool) -> Path | None:
     """
     saved = out / "config.yaml"
     if resume and checkpoints(out) and saved.exists():
-        # By their contents, as copies have new times; the times order checkpoints of the same batch.
+        # By content, because copies have new times; the times order checkpoints of the same batch.
         newest = max(checkpoints(out), key=lambda file: (check_readable(file), file.stat().st_mtime))
         _check_same_settings(out, saved.read_text(encoding="utf-8"), config)
         return newest

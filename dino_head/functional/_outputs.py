@@ -90,7 +90,7 @@ class Outputs(NamedTuple):
 
 STACKED = "pass a tensor (V, B, K), a list of tensors (B, K), or one FactoredLogits with the z of all views, (V, B, D)"
 POOL_FIRST = (
-    f"pool the backbone's outputs before the head, tokens (B, N, D) by {TOKENS} and maps (B, D, H, W) by {MAPS}"
+    f"pool the backbone's outputs before the head, tokens (B, N, D) with {TOKENS} and maps (B, D, H, W) with {MAPS}"
 )
 
 # Types that public functions and modules accept; internally, only `Outputs` is used.
@@ -119,7 +119,7 @@ def as_outputs(out: Logits) -> Outputs:
     if len(shape) != 3:
         raise ValueError(
             f"the loss expects {kind} of V views, got {shape}: stack the views first, or separate the rows of all "
-            "views by .unflatten(0, (V, B))"
+            "views with .unflatten(0, (V, B))"
         )
     if 0 in shape:
         raise ValueError(f"the loss needs at least one sample, got {kind} of shape {shape}: skip empty batches")

@@ -59,7 +59,7 @@ def check_finite(name: str, features: Tensor) -> None:
 
 
 def require_none_broken(name: str, broken: int, total: int) -> None:
-    """Raise ValueError if any of the features contain NaN or inf."""
+    """Raise ValueError if any of the features contains NaN or inf."""
     if broken:
         raise ValueError(
             f"{broken} of {total} {name} contain NaN or inf: check the images behind them, the network's weights and "

@@ -102,7 +102,7 @@ class DINOStatistics(PlottedMetric):
         count = teacher.samples
         if teacher.prototypes is not None:
             count = min(count, max(1, self.max_rows // views))
-        # As `spaced_indices`, on the device.
+        # Like `spaced_indices`, but on the device.
         samples = torch.arange(count, device=self.wins.device) * (teacher.samples - 1) // max(1, count - 1)
         with torch.autocast(self.wins.device.type, enabled=False):
             # Each step below allocates several tensors of a block's size.

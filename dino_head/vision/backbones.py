@@ -90,8 +90,8 @@ def check_backbone(
 ) -> None:
     """Raise an error before training starts if backbone, head and loss do not fit the views and each other.
 
-    All of them are called in evaluation mode and not changed, and neither are random states. Call it under the autocast
-    of the run, with views of the type of the weights.
+    All of them are called in evaluation mode; neither they nor random states change. Call it under the autocast of the
+    run, with views in the dtype of the weights.
 
     Args:
         backbone: Backbone for the views.
@@ -124,8 +124,8 @@ def _check_view(backbone: nn.Module, head: DINOProjectionHead, view: Tensor, los
         raise ValueError(
             f"the backbone cannot take views of {shape} ({type(error).__name__}: {error}): make their size a "
             "multiple of its patch size, let it interpolate its position embeddings (transformers: "
-            "interpolate_pos_encoding=True; timm: dynamic_img_size=True), and make their type, "
-            f"{view.dtype}, that of its weights"
+            "interpolate_pos_encoding=True; timm: dynamic_img_size=True), and convert them from "
+            f"{view.dtype} to the type of its weights, if it differs"
         ) from error
     if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(view):
         raise ValueError(
@@ -146,4 +146,4 @@ def _check_view(backbone: nn.Module, head: DINOProjectionHead, view: Tensor, los
         ) from error
     if loss is not None:
         two_views = FactoredLogits(torch.stack([z, z]), prototypes)
-        loss.forward(two_views, two_views)  # without the hooks that measure the calls of the training
+        loss.forward(two_views, two_views)  # without hooks, which measure the calls during training

@@ -33,7 +33,7 @@ class FileData(LightningDataModule):
         """Print the number of unreadable files, if there are any."""
         names = self.bad_files.names()
         if names and self.trainer and self.trainer.is_global_zero:
-            print(printable(f"{len(names)} files could not be read and were skipped: {self.bad_files.file}"))
+            print(printable(f"{len(names)} unreadable file{'s' * (len(names) > 1)} skipped: {self.bad_files.file}"))
 
     def on_exception(self, exception: BaseException) -> None:
         """Print the number of unreadable files, as Lightning does not call `teardown` after an error."""

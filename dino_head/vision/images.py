@@ -124,7 +124,7 @@ class Images(Dataset[Any]):
     def __init__(
         self, rows: Any, size: int, transform: Callable[[Tensor], Tensor] | None = None, background: str = "white"
     ) -> None:
-        ImageColor.getrgb(background)  # now, as later each image would be listed as unreadable
+        ImageColor.getrgb(background)  # raise now: later, each image would be listed as unreadable
         self.rows, self.size, self.transform, self.background = rows, size, transform, background
 
     def __len__(self) -> int:

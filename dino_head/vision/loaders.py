@@ -21,8 +21,8 @@ class ResumableLoader(DataLoader[Any]):
     """A shuffled DataLoader whose order depends only on (seed, epoch) and starts at the Trainer's current batch.
 
     Create it in `train_dataloader()`, where the Trainer knows its processes: each process loads its own share of the
-    samples. Incomplete batches are dropped. With `Trainer(overfit_batches=...)`, the order is that of the dataset, in
-    each epoch. Worker processes ignore the signals that ask a run to stop, so that it can finish its batch.
+    samples. Incomplete batches are dropped. With `Trainer(overfit_batches=...)`, each epoch has the order of the
+    dataset. Worker processes ignore the signals that stop a run, so that it can finish its batch.
 
     Args:
         dataset: Dataset with a length.
@@ -77,14 +77,14 @@ class _RestOfEpoch(DistributedSampler[Any]):
         trained_on = getattr(self.trainer, "train_dataloader", None)
         if trained_on is not None and all(loader is not self.loader for loader in tree_leaves(trained_on)):
             return super().__iter__()  # a callback that reads the training data
-        # 0, except in a run that is resumed inside an epoch. The Trainer repeats a loader beside a longer one.
+        # 0, except in a run that is resumed inside an epoch. The Trainer repeats a shorter loader beside a longer one.
         batches = (self.trainer.fit_loop.batch_idx + 1) % (self.num_samples // self.batch_size)
         return itertools.islice(super().__iter__(), batches * self.batch_size, None)
 
 
 @contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """Context in which to start worker processes, which then ignore Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2.
+    """Context for starting worker processes, which then ignore Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2.
 
     A terminal or a scheduler sends these to the workers as well. The main process receives them after the context.
     """

@@ -28,13 +28,13 @@ def read_image(source: str | bytes, size: int, *, background: str = "white") -> 
     Transparent pixels show the background, whatever colour the file stores for them. Only the first frame is read.
 
     Grey images of 16 bits or more are scaled so that the 0.1th percentile of the valid pixels becomes 0 and the 99.9th
-    becomes 255. Missing pixels become 0. These are NaN, infinite or beyond 1e30, or have the value of the tag
-    GDAL_NODATA. Without the tag, the smallest or largest value is also missing, such as -9999 or 65535, if more than
-    0.1% of the pixels have it, it is not 0, and it is farther from all other values (at least 32) than these are from
-    each other.
+    becomes 255. Missing pixels become 0. They are NaN, infinite or beyond 1e30, or have the value of the tag
+    GDAL_NODATA. Without the tag, pixels with the smallest or largest value, such as -9999 or 65535, are also missing if
+    they are more than 0.1% of the image, the value is not 0, there are at least 32 other values, and it is farther from
+    all of these than they are from each other.
 
-    Colour images of 16 bits keep their brightness. Only if the 99.9th percentile is in the lower half of the range, as
-    in images of a 12-bit camera, one factor for all channels scales it to 255, so that hues do not change.
+    Colour images of 16 bits keep their brightness. But if the 99.9th percentile is in the lower half of the range, as
+    in images of a 12-bit camera, one factor for all channels scales it to 255, so hues do not change.
 
     Args:
         source: Path of the file, or its content.
@@ -113,7 +113,7 @@ def _scaled_grey(image: Image.Image, missing_value: float) -> Image.Image:
 
 
 def _range(values: NDArray[Any]) -> tuple[float, float]:
-    """The range without 0.1% of the values on each side; of sparse values, which would vanish, the whole range."""
+    """The range without 0.1% of the values on each side; for sparse values, which would vanish, the whole range."""
     low, high = np.percentile(values, (0.1, 99.9)).tolist()
     return (low, high) if low < high else (float(values.min()), float(values.max()))
 
@@ -150,7 +150,7 @@ def _lower_bytes(source: str | bytes, tiles: list[Any]) -> NDArray[np.uint8]:
         modes = {_raw_mode(tile) for tile in tiles}
         if "RGBa" in str(modes) or getattr(opened, "tag_v2", {}).get(284) == 2:  # planes, or colours times opacity
             raise ValueError(
-                "dark image of 16 bits a channel, stored in planes or multiplied with its opacity, of which Pillow "
+                "dark image of 16 bits a channel, stored in planes or multiplied by its opacity, of which Pillow "
                 "reads only the upper 8 bits: save it as PNG"
             )
         opened.tile = [_of_lower_bytes(tile) for tile in tiles]

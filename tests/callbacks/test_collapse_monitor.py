@@ -323,7 +323,7 @@ def test_a_collapse_is_named_in_a_warning_once(case):
     assert run.current_epoch == 10
 
 
-def test_a_teacher_that_nothing_updates_is_a_diagnosis_of_which_the_check_has_warned():
+def test_a_teacher_that_is_never_updated_is_a_diagnosis_and_causes_one_warning():
     monitor, given, _ = watched(dino(), stop=True)
     (text,) = monitor.diagnoses
     assert text.startswith("teacher does not follow: ")

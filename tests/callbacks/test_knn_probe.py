@@ -352,7 +352,7 @@ def test_of_several_validation_loaders_the_first_is_probed(form):
         assert watch.history[0]["top1"] == pytest.approx(accuracy(module, labelled(), labelled(20, seed=5)))
 
 
-def test_training_data_in_a_resumable_loader_vote_whole():
+def test_all_samples_of_a_resumable_loader_vote():
     """Its order skips the batches on which the Trainer has trained."""
 
     class Resumable(Datamodule):

@@ -1,4 +1,4 @@
-"""Features of Lightning that replace, restore or cut a run: each works as without them, or says what to do."""
+"""Features of Lightning that replace, restore or cut short a run: the callbacks work, or an error has the remedy."""
 
 import warnings
 from contextlib import nullcontext
@@ -134,9 +134,9 @@ def given(folder, interval=None, ckpt=None, *callbacks, error=None):
 
 def test_a_checkpoint_inside_an_accumulation_window_is_reported_when_written_and_when_resumed_from(tmp_path):
     state, written = given(tmp_path, 5)
-    assert len(written) == 1  # not for each of them
+    assert len(written) == 1  # not one for each checkpoint
     assert written[0].startswith("a checkpoint was written inside an accumulation window (epoch 0, batch 4): Lightning")
-    assert "val_check_interval as a multiple of accumulate_grad_batches" in written[0]
+    assert "set val_check_interval to a multiple of accumulate_grad_batches" in written[0]
     other, resumed = given(tmp_path / "resumed", 5, tmp_path / "step=1-epoch=0.ckpt")
     assert resumed[0].startswith("the run is resumed from a checkpoint that was written inside an accumulation window")
     assert any(not torch.equal(other[name], state[name]) for name in state)  # the warning is right

@@ -139,7 +139,7 @@ def test_from_pretrained_leaves_the_backbone_in_evaluation_mode(tmp_path):
         fit(made)
 
 
-def test_batch_norm_that_is_frozen_on_purpose_is_a_warning():
+def test_batch_norm_that_is_frozen_on_purpose_causes_a_warning():
     made = module(BatchNorm(8))
     made.student["backbone"][3].eval()
     made.teacher["backbone"][3].eval()  # as the student's
@@ -152,7 +152,7 @@ def test_a_teacher_with_batch_norm_in_evaluation_mode_is_named_with_both_remedie
     made.teacher.eval()
     (text,) = fit(made)
     assert text.startswith("the teacher's batch norm (teacher.backbone.3) is in evaluation mode")
-    assert "running statistics stay those of the start" in text
+    assert "running statistics keep their initial values" in text
     assert "teacher.train()" in text
     assert "DINOProjectionHead(batch_norm=False)" in text
 
@@ -168,7 +168,7 @@ def test_a_teacher_that_acts_randomly_is_named_with_the_remedy(norms):
     made = module(DropPath(0.1), *([BatchNorm(8)] if norms else []))
     (text,) = fit(made)
     assert text.startswith("the teacher acts randomly (teacher.backbone.3 in training mode")
-    assert ("Call eval() on these modules alone" if norms else "Call teacher.eval()") in text
+    assert ("Call eval() only on these modules" if norms else "Call teacher.eval()") in text
 
 
 def test_random_positions_act_randomly():

@@ -36,7 +36,7 @@ def test_the_ranks_are_identical(two, strategy):
     freeze, teacher, schedule = first["receipts"]
     steps = 6 if strategy.startswith("accumulated") else 12
     assert f"frozen for {steps} optimizer steps, bitwise unchanged on 2 of 2 ranks" in freeze
-    assert teacher.startswith("seen to change: teacher at 6 of 6, loss.center at 6 of 6 looks")
+    assert teacher.startswith("seen to change: teacher at 6 of 6, loss.center at 6 of 6 checks")
     assert f"on 2 of 2 ranks, in {3 * steps} of {3 * steps} optimizer steps" in teacher
     assert schedule.endswith(f"in {3 * steps} of {3 * steps} optimizer steps")
 

@@ -11,7 +11,7 @@ from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, Teach
 
 
 def fit(*callbacks, module=None, **options):
-    """Three epochs of four batches: looks at steps 1, 2, 3, 4, 8 and 12."""
+    """Three epochs of four batches: checks at steps 1, 2, 3, 4, 8 and 12."""
     torch.manual_seed(0)
     module = module or tiny_dino(warmup_epochs=0)
     trainer(*callbacks, **options).fit(module, view_loader())
@@ -21,18 +21,18 @@ def fit(*callbacks, module=None, **options):
 def test_the_usual_receipt_of_the_teacher():
     (receipt,) = fit(TeacherUpdateCallback(base_momentum=0.9, final_momentum=0.9))
     assert receipt == (
-        "seen to change: teacher at 6 of 6, loss.center at 6 of 6 looks, on 1 of 1 ranks, in 12 "
-        "optimizer steps, last with momentum 0.9; other parts of the teacher: none"
+        "seen to change: teacher at 6 of 6, loss.center at 6 of 6 checks, on 1 of 1 ranks, in 12 "
+        "optimizer steps, last with momentum 0.9; teacher parts left behind: none"
     )
 
 
 def test_a_teacher_that_does_not_change(monkeypatch):
     monkeypatch.setattr(teacher_update, "get_ema_multi_avg_fn", lambda momentum: lambda *_: None)
     (receipt,) = fit(TeacherUpdateCallback())
-    assert receipt.startswith("seen to change: teacher at 0 of 6, loss.center at 6 of 6 looks, on 0 of 1")
+    assert receipt.startswith("seen to change: teacher at 0 of 6, loss.center at 6 of 6 checks, on 0 of 1")
 
 
-def test_a_teacher_that_changes_at_some_looks(monkeypatch):
+def test_a_teacher_that_changes_at_some_checks(monkeypatch):
     right = teacher_update.get_ema_multi_avg_fn
     monkeypatch.setattr(
         teacher_update,
@@ -49,23 +49,23 @@ def test_a_teacher_that_changes_at_some_looks(monkeypatch):
 def test_a_center_that_does_not_change(monkeypatch):
     monkeypatch.setattr(DINOLoss, "apply_center_update", lambda self: None)
     (receipt,) = fit(TeacherUpdateCallback())
-    assert "seen to change: teacher at 6 of 6, loss.center at 0 of 6 looks, on 0 of 1" in receipt
+    assert "seen to change: teacher at 6 of 6, loss.center at 0 of 6 checks, on 0 of 1" in receipt
 
 
 def test_a_loss_that_is_not_called_in_training():
     module = tiny_dino(warmup_epochs=0)
     module.other = DINOLoss(16)
     (receipt,) = fit(TeacherUpdateCallback(), module=module)
-    assert "loss.center at 6 of 6, other.center at 0 of 6 looks" in receipt
+    assert "loss.center at 6 of 6, other.center at 0 of 6 checks" in receipt
 
 
-def test_looks_at_which_nothing_should_change_do_not_count():
+def test_checks_at_which_nothing_should_change_do_not_count():
     (receipt,) = fit(TeacherUpdateCallback(base_momentum=1.0))
     assert receipt.startswith("seen to change: teacher at 0 of 0")
     assert "last with momentum 1;" in receipt
     still = tiny_dino(lambda parameters: torch.optim.SGD(parameters, lr=0.0))
     (receipt,) = fit(TeacherUpdateCallback(), module=still)
-    assert receipt.startswith("seen to change: teacher at 0 of 0, loss.center at 6 of 6 looks")
+    assert receipt.startswith("seen to change: teacher at 0 of 0, loss.center at 6 of 6 checks")
     fixed = tiny_dino(warmup_epochs=0)
     fixed.loss.center_momentum = 1.0
     (receipt,) = fit(TeacherUpdateCallback(), module=fixed)
@@ -73,12 +73,12 @@ def test_looks_at_which_nothing_should_change_do_not_count():
 
 
 @pytest.mark.parametrize(
-    ("options", "steps", "looks"), [({"max_steps": 6}, 6, 5), ({"accumulate_grad_batches": 2}, 6, 5)]
+    ("options", "steps", "checks"), [({"max_steps": 6}, 6, 5), ({"accumulate_grad_batches": 2}, 6, 5)]
 )
-def test_the_steps_and_the_looks_follow_the_run(options, steps, looks):
-    """The last step of a run is a look, wherever it is."""
+def test_the_steps_and_the_checks_follow_the_run(options, steps, checks):
+    """The last step of a run is checked, wherever the run ends."""
     (receipt,) = fit(TeacherUpdateCallback(), **options)
-    assert f"seen to change: teacher at {looks} of {looks}" in receipt
+    assert f"seen to change: teacher at {checks} of {checks}" in receipt
     assert f"in {steps} of {steps} optimizer steps" in receipt
 
 
@@ -92,7 +92,7 @@ class Detach(Callback):
 
 def test_a_layer_that_does_not_change_after_its_release():
     (receipt,) = fit(FreezeLastLayerCallback(1), Detach(), TeacherUpdateCallback())[:1]
-    assert receipt.endswith("released at step 4, not seen to change in 3 steps since")
+    assert receipt.endswith("released at step 4, unchanged in the 3 steps after")
     (receipt,) = fit(FreezeLastLayerCallback(1), TeacherUpdateCallback())[:1]
     assert receipt.endswith(
         "frozen for 4 optimizer steps, bitwise unchanged on 1 of 1 ranks at step 4, released at step 4, seen to change "

@@ -15,7 +15,7 @@ from torch import nn
 from dino_head import cosine_schedule
 from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
 
-# The subject of these tests is another rule.
+# These tests are about another rule, and most have no TeacherUpdateCallback.
 pytestmark = pytest.mark.filterwarnings("ignore:teacher does not follow")
 
 

@@ -1,4 +1,4 @@
-"""A teacher that nothing updates, or that is updated in part, is reported by every callback."""
+"""Every callback reports a teacher that is never or only partly updated."""
 
 import warnings
 
@@ -56,7 +56,7 @@ def fit(module, *callbacks, count=6, **options):
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_each_callback_reports_a_teacher_that_nothing_updates_once(name, tmp_path):
+def test_each_callback_reports_a_teacher_that_is_never_updated_once(name, tmp_path):
     module = InDicts()
     ((text, step),) = fit(module, CALLBACKS[name](tmp_path), count=12)
     assert step == 4  # three steps after the first that changed the student
@@ -99,14 +99,14 @@ def test_the_warning_has_the_arguments_for_other_names(layout, pairs, backbone):
     assert f'KNNProbeCallback(module="{backbone}"), ReportCallback(module="{backbone}")' in text
     callback = TeacherUpdateCallback(eval(pairs))  # the text of the warning is the remedy
     assert not fit(layout(), callback, KNNProbeCallback(LABELLED, LABELLED, module=backbone, k=3))
-    assert callback.receipt.endswith("other parts of the teacher: none")
+    assert callback.receipt.endswith("teacher parts left behind: none")
 
 
 @pytest.mark.parametrize("layout", [InDicts, SharedStem, CopiedStem, Predictor])
 def test_layouts_in_which_all_parts_follow(layout):
     callback = TeacherUpdateCallback()
     assert not fit(layout(), callback)
-    assert callback.receipt.endswith("other parts of the teacher: none")
+    assert callback.receipt.endswith("teacher parts left behind: none")
 
 
 def average(module, momentum=0.9):
@@ -150,7 +150,7 @@ def in_hook(name, every):
 @pytest.mark.parametrize(
     "hook", ["training_step", "optimizer_step", "on_train_batch_end", "on_before_zero_grad", "on_train_batch_start"]
 )
-def test_a_module_that_updates_its_teacher_itself_is_left_in_peace(hook, every):
+def test_a_module_that_updates_its_teacher_itself_causes_no_warning(hook, every):
     assert not fit(in_hook(hook, every), CollapseMonitorCallback(), count=12)
 
 
@@ -174,7 +174,7 @@ def test_any_way_to_update_the_teacher_counts(update):
     assert not fit(InDicts(), CollapseMonitorCallback(), Own())
 
 
-def test_a_callback_of_the_user_that_updates_the_teacher_every_fifth_step_is_left_in_peace():
+def test_a_callback_of_the_user_that_updates_the_teacher_every_fifth_step_causes_no_warning():
     class Own(Callback):
         def on_train_batch_end(self, trainer, pl_module, *_):
             if trainer.global_step % 5 == 0:
@@ -183,23 +183,23 @@ def test_a_callback_of_the_user_that_updates_the_teacher_every_fifth_step_is_lef
     assert not fit(InDicts(), CollapseMonitorCallback(), Own(), count=12)
 
 
-def test_code_that_could_update_the_teacher_and_does_not_is_reported_later():
+def test_code_that_could_update_the_teacher_but_does_not_is_reported_later():
     class Never(InDicts):
         def on_train_batch_end(self, *_):
             if self.global_step > 1000:
                 average(self)
 
     ((_, step),) = fit(Never(), CollapseMonitorCallback(), count=224)
-    assert step == 207  # 200 batches, and the next look
+    assert step == 207  # 200 batches, and the next check
     assert len(fit(Never(), CollapseMonitorCallback(), count=8)) == 1  # at the end of a short run
 
 
-def test_a_fixed_teacher_and_a_teacher_of_another_architecture_are_left_in_peace():
+def test_a_fixed_teacher_and_a_teacher_of_another_architecture_cause_no_warning():
     assert not fit(InDicts(), TeacherUpdateCallback(base_momentum=1.0, final_momentum=1.0))
     assert not fit(Distilled(), CollapseMonitorCallback())
 
 
-def test_a_student_whose_counterpart_is_not_trained_is_left_in_peace():
+def test_a_student_whose_counterpart_is_not_trained_causes_no_warning():
     module = InDicts()
     module.student["backbone"].requires_grad_(False)
     assert not fit(module, TeacherUpdateCallback((("student.head", "teacher.head"),)))
@@ -216,7 +216,7 @@ def test_a_head_beside_the_pair_raises():
     callback = TeacherUpdateCallback()
     with pytest.raises(MisconfigurationException, match=HEAD):
         fit(TwoAttributes(), callback)
-    assert callback.receipt.endswith("other parts of the teacher: teacher_head not updated")
+    assert callback.receipt.endswith("teacher parts left behind: teacher_head")
 
 
 @pytest.mark.parametrize("compiled", ["sides", "sides, fullgraph", "step", "module"])
@@ -287,7 +287,7 @@ def test_under_accumulation_and_manual_optimization():
 def test_a_run_that_is_too_short_is_not_checked():
     callback = TeacherUpdateCallback()
     assert not fit(TwoAttributes(), callback, count=3)
-    assert callback.receipt.endswith("other parts of the teacher: not checked")
+    assert callback.receipt.endswith("teacher parts left behind: not checked")
 
 
 def test_a_module_without_a_loss_of_ours_is_not_checked():
@@ -298,7 +298,7 @@ def test_a_module_without_a_loss_of_ours_is_not_checked():
 
     callback = TeacherUpdateCallback(PART)
     assert not fit(Other(), callback)
-    assert callback.receipt.endswith("other parts of the teacher: not checked")
+    assert callback.receipt.endswith("teacher parts left behind: not checked")
 
 
 def test_training_is_bitwise_the_same_when_a_step_is_followed():
@@ -331,7 +331,7 @@ def test_assert_teacher_follows_finds_a_part_that_does_not_in_two_steps():
     assert_teacher_follows(lambda: (SharedStem(), batches(4), [TeacherUpdateCallback()]))
 
 
-def test_unknown_names_get_the_arguments_for_this_module():
+def test_unknown_names_raise_with_the_arguments_for_this_module():
     with pytest.raises(
         MisconfigurationException,
         match=r'no submodule .student.* here TeacherUpdateCallback\(pairs=\(\("student_backbone", "momentum_backb',

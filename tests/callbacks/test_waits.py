@@ -1,4 +1,4 @@
-"""Between looks, the host reads no value of the device but the finite flag of the loss."""
+"""Between checks, the host reads only the finite flag of the loss from the device."""
 
 import re
 from pathlib import Path
@@ -107,14 +107,14 @@ def with_logits():
     ],
     ids=["factored", "metrics", "sinkhorn", "logits", "accumulated", "clipped, bf16"],
 )
-def test_between_looks_only_the_finite_flag_is_read(make, options, flags, tmp_path):
-    during = During(10, 20)  # after the first looks, and before those at the end of the epoch
+def test_between_checks_only_the_finite_flag_is_read(make, options, flags, tmp_path):
+    during = During(10, 20)  # after the first checks, and before those at the end of the epoch
     fit(tmp_path, during, make() if make is not tiny_dino else tiny_dino(warmup_epochs=0), **options)
     assert during.counts == {FLAG: flags}
 
 
 @pytest.mark.slow
-def test_a_look_makes_one_transfer(tmp_path):
+def test_a_check_makes_one_transfer(tmp_path):
     """Values are divided and printed on the host, after the one transfer."""
     during = During(0, 1)
     fit(tmp_path, during)
@@ -125,7 +125,7 @@ def test_a_look_makes_one_transfer(tmp_path):
 
 
 def test_a_read_in_a_step_is_found(tmp_path):
-    """The other tests can fail."""
+    """The other tests would fail."""
 
     class Reads(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, *_):
@@ -141,12 +141,12 @@ def test_a_read_in_a_step_is_found(tmp_path):
 
 
 HOST = "of tensors on the host"
-LOOK = "a look"
+CHECK = "a check"
 ALLOWED = {
     "callbacks/_after_step.py": {"item": "a GradScaler's flag, for fused optimizers alone"},
-    "callbacks/_checks/layout.py": {"tolist": LOOK},
+    "callbacks/_checks/layout.py": {"tolist": CHECK},
     "callbacks/_checks/losses.py": {"tolist": "the finite flag"},
-    "callbacks/collapse_monitor.py": {"cpu": LOOK, "item": HOST},
+    "callbacks/collapse_monitor.py": {"cpu": CHECK, "item": HOST},
     "callbacks/report/charts.py": {"tolist": HOST, "numpy": HOST},
     "callbacks/report/pictures.py": {"cpu": "pictures, after an epoch"},
     "callbacks/testing.py": {"item": "a check that users run"},

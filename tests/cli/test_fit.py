@@ -207,7 +207,7 @@ def test_resume_from_a_damaged_checkpoint_is_refused(damage, copy, capsys):
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"<html>not found</html>")
     before = contents(copy)
-    assert f"{file} is no complete checkpoint (" in error_of(["--resume", "--out", str(copy)], capsys)
+    assert f"{file} is not a complete checkpoint (" in error_of(["--resume", "--out", str(copy)], capsys)
     assert contents(copy) == before
 
 

@@ -106,7 +106,7 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_the_uninterrupted_run_bitw
 
 
 @pytest.mark.parametrize(("options", "event"), [(PLAIN, ("step", 11)), (MAX_STEPS, ("step", 9)), (PLAIN, ("end", 2))])
-def test_a_signal_in_the_last_batch_of_a_run_lets_it_end(options, event, uninterrupted, tmp_path):
+def test_a_signal_in_the_last_batch_of_a_run_lets_it_complete(options, event, uninterrupted, tmp_path):
     Model.actions[event] = send("SIGTERM")
     run(tmp_path / "run", *options)
     torch.testing.assert_close(result(tmp_path / "run")[0], uninterrupted(options)[1][0], rtol=0, atol=0)
@@ -208,7 +208,7 @@ def test_a_resumed_run_may_have_another_time_limit(tmp_path, caplog):
     (["--trainer.callbacks+=OnExceptionCheckpoint", "--trainer.callbacks.dirpath=x"], "save after an error, in the m"),
     (["--trainer.callbacks.save_on_exception=true"], "ModelCheckpoint would save after an error, in the middle of a b"),
 ])  # fmt: skip
-def test_what_would_not_resume_exactly_is_an_error_of_one_line(option, message, tmp_path, capsys):
+def test_options_that_would_not_resume_exactly_raise_an_error_of_one_line(option, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         FitCLI(arguments(tmp_path / "run", *option))
     assert end.value.code == 2
@@ -252,10 +252,10 @@ def test_a_slurm_job_requeues_itself_and_continues_bitwise(
     torch.testing.assert_close(result(out)[0], whole[0], rtol=0, atol=0)
 
 
-def test_without_scontrol_the_run_says_that_it_is_not_requeued(slurm, tmp_path, monkeypatch, capsys):
+def test_without_scontrol_the_run_reports_that_it_was_not_requeued(slurm, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     assert stop(tmp_path / "run", ("step", 5), send("SIGUSR1")) == 138
-    assert "SLURM job 1234 is not requeued: " in capsys.readouterr().out
+    assert "SLURM job 1234 was not requeued: " in capsys.readouterr().out
 
 
 def test_the_checkpoint_with_the_most_batches_is_the_newest(tmp_path):
@@ -284,7 +284,7 @@ def test_a_folder_whose_only_checkpoint_is_of_slurm_is_not_overwritten(tmp_path)
     (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"half")
     with pytest.raises(ValueError, match="already contains a run"):
         open_run(tmp_path, "a: 1", resume=False)
-    with pytest.raises(ValueError, match="is no complete checkpoint"):
+    with pytest.raises(ValueError, match="is not a complete checkpoint"):
         open_run(tmp_path, "a: 1", resume=True)
 
 

@@ -139,8 +139,8 @@ def test_a_folder_in_use_or_a_missing_checkpoint_is_an_error(checkpoint, tmp_pat
         (["--epochs", "0"], "--epochs must be at least 1, got 0"),
         (["--prototypes", "1"], "--prototypes must be at least 2, got 1"),
         (["--checkpoint", str(checkpoint), "--out", str(tmp_path / "kept.txt")], "is no empty folder"),
-        (["--checkpoint", str(tmp_path / "text.ckpt"), *new], "text.ckpt is no complete checkpoint"),
-        (["--checkpoint", str(tmp_path / "other.ckpt"), *new], "other.ckpt is no complete checkpoint (KeyError)"),
+        (["--checkpoint", str(tmp_path / "text.ckpt"), *new], "text.ckpt is not a complete checkpoint"),
+        (["--checkpoint", str(tmp_path / "other.ckpt"), *new], "other.ckpt is not a complete checkpoint (KeyError)"),
         (["--checkpoint", str(checkpoint), "--out", str(tmp_path)], "is no empty folder: choose another"),
         (
             ["--checkpoint", str(tmp_path / "no.ckpt"), "--out", str(tmp_path / "new")],

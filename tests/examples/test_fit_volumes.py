@@ -40,7 +40,7 @@ def test_a_folder_with_damaged_scans_trains(scans, tmp_path, capsys):
     listed = BadFiles(out / "bad_files.txt").names()
     assert 4 <= len(listed) <= 5  # an epoch has eight of nine files
     assert summary["bad_files"] == len(listed)
-    assert f"{len(listed)} files could not be read and were skipped" in capsys.readouterr().out
+    assert f"{len(listed)} unreadable files skipped" in capsys.readouterr().out
 
 
 def test_resume_with_other_scans_raises(scans, tmp_path, capsys):

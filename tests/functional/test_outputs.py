@@ -18,7 +18,7 @@ def test_sums_of_logits_from_factors(dtype):
     assert as_outputs(teacher.logits()).sum_of_logits().dtype == torch.float32
 
 
-POOL = r"pool the backbone's outputs before the head, tokens \(B, N, D\) by tokens\[:, 0\] .* maps.flatten"
+POOL = r"pool the backbone's outputs before the head, tokens \(B, N, D\) with tokens\[:, 0\] .* maps.flatten"
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ POOL = r"pool the backbone's outputs before the head, tokens \(B, N, D\) by toke
         ([logits(3, 16), logits(4, 16)], logits(4, 3, 16), r"of one shape, got \[\(3, 16\), \(4, 16\)\]"),
         (None, logits(4, 3, 16), r"of one shape, got \['NoneType'\]: pass a tensor"),
         ([factored(1, 3, 4, 16)] * 2, logits(4, 3, 16), "one FactoredLogits with the z of all views"),
-        (logits(6, 16), logits(12, 16), r"or separate the rows of all views by .unflatten\(0, \(V, B\)\)"),
+        (logits(6, 16), logits(12, 16), r"or separate the rows of all views with .unflatten\(0, \(V, B\)\)"),
         (torch.zeros(2, 3, 5, 16), torch.zeros(4, 3, 5, 16), rf"of V views, got \(2, 3, 5, 16\): {POOL}"),
         (FactoredLogits(torch.zeros(2, 3, 5, 4), logits(16, 4)), factored(4, 3, 4, 16), rf"got \(2, 3, 5, 4\): {POOL}"),
         ([torch.zeros(3, 5, 16)] * 2, logits(4, 3, 16), rf"got \(2, 3, 5, 16\): {POOL}"),

@@ -96,7 +96,7 @@ def run(folder: Path, *more: str) -> FitCLI:
 
 
 def result(folder: Path) -> Any:
-    """All that training leaves: weights, optimizer, counters, the probe's history."""
+    """Result of training: weights, optimizer, counters, the probe's history."""
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     names = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
     return {name: saved[name] for name in names}, saved["callbacks"]["KNNProbeCallback"]["history"]

@@ -365,7 +365,7 @@ def test_samples_that_do_not_fit(change, message):
 
     def classify():
         knn.update(**{"features": features, "labels": labels, **change})
-        knn.compute()  # raises what depends on values
+        knn.compute()  # raises the errors that depend on values
 
     with pytest.raises(ValueError, match=message):
         classify()

@@ -96,7 +96,7 @@ class Returns(nn.Module):
     (Returns(lambda x: {"x": x}), "got a dict with the keys 'x'"),
     (Returns(lambda x: x.mean(dim=(0, 2, 3))[None]), r"for 2 views of 64 x 64, got a tensor of shape \(1, 3\)"),
     (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 32)).bfloat16(),
-     r"cannot take views of 64 x 64 \(RuntimeError: .* make their type, torch.float32, that of its weights"),
+     r"cannot take views of 64 x 64 \(RuntimeError: .* convert them from torch.float32 to the type of its weights"),
     (Returns(lambda x: x.mean(dim=(2, 3))), r"3 features, but the head expects 32: .*\(input_dim=3,"),
 ])  # fmt: skip
 def test_a_backbone_that_does_not_fit_raises(backbone, message):

@@ -52,9 +52,7 @@ def test_a_folder_whose_names_are_not_utf8(tmp_path, capsys):
     assert len([*data.train_dataloader()]) == 4
     assert [len([*loader]) for loader in data.knn_dataloaders()] == [5, 1]
     data.teardown("fit")
-    assert (
-        capsys.readouterr().out == f"1 files could not be read and were skipped: {tmp_path}/r\\udcfcn/bad_files.txt\n"
-    )
+    assert capsys.readouterr().out == f"1 unreadable file skipped: {tmp_path}/r\\udcfcn/bad_files.txt\n"
     stream = StreamData(str(photos), batch_size=8, workers=1, image_size=16)
     assert stream.description == f"a stream from {tmp_path}/ph\\udcf6tos"
     stream.trainer = trainer

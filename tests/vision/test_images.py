@@ -86,7 +86,7 @@ def test_files_without_extension_are_images_if_they_begin_like_one(tmp_path, cap
     assert [os.path.basename(path) for path in image_paths(rows)] == [
         "hashJPEG", "hashPNG", "hashBMP", "hashGIF", "hashTIFF", "hashWEBP", "truncated",
     ]  # fmt: skip
-    assert rows.features["label"].names == ["a", "b"]  # no class of the license
+    assert rows.features["label"].names == ["a", "b"]  # no class for the license
     (message,) = [record.getMessage() for record in caplog.records]
     assert message == (f"{tmp_path}: 7 of 13 files are used. Not used: 3 .heic, 2 without extension, 1 .\\udce9")
 
@@ -102,7 +102,7 @@ def test_many_extensions_are_counted_in_one_line(tmp_path, caplog):
     )
 
 
-def test_a_folder_of_which_all_files_are_used_is_not_commented(tmp_path, caplog):
+def test_a_folder_whose_files_are_all_used_logs_nothing(tmp_path, caplog):
     picture().save(tmp_path / "a.png")
     with caplog.at_level("INFO"):
         open_images(str(tmp_path))

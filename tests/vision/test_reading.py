@@ -239,7 +239,7 @@ def raster(values, tag=None):
         ("i4", 3000, 2**31 - 1, "2147483647"),
     ],
 )
-def test_missing_pixels_leave_the_scaling_alone(kind, scale, value, tag, tagged):
+def test_missing_pixels_do_not_affect_the_scaling(kind, scale, value, tag, tagged):
     values = np.tile(np.linspace(0, 1, 64), (64, 1)) * scale
     expected = read_image(raster(values.astype(kind)), 64)
     values[:5] = value
