@@ -9,6 +9,7 @@ from typing import Any, TypeGuard
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
 
 from dino_head.callbacks._after_step import AfterScheduledStep
 from dino_head.losses import DINOLoss
@@ -141,17 +142,17 @@ class ScheduleCallback(AfterScheduledStep):
             )
         if any(self.target in group for optimizer in trainer.optimizers for group in optimizer.param_groups):
             groups = self._following_groups(trainer)
-            self._setters = [functools.partial(group.__setitem__, self.target) for group in groups]
-            self._getters = [functools.partial(group.__getitem__, self.target) for group in groups]
+            self._setters = [functools.partial(_set_option, *group, self.target) for group in groups]
+            self._getters = [functools.partial(_option, *group, self.target) for group in groups]
         else:
             owners = self._owners(trainer, pl_module, path, name)
             self._setters = [functools.partial(setattr, owner, name) for owner in owners]
             self._getters = [functools.partial(getattr, owner, name) for owner in owners]
         self._set_for = None
 
-    def _following_groups(self, trainer: Trainer) -> list[dict[str, Any]]:
-        """The optimizers' groups that do not start at 0; decided once, as a schedule may pass through 0."""
-        following: list[dict[str, Any]] = []
+    def _following_groups(self, trainer: Trainer) -> list[tuple[Optimizer, int]]:
+        """Optimizers and indices of groups that do not start at 0; decided once, as a schedule may pass through 0."""
+        following: list[tuple[Optimizer, int]] = []
         for index, optimizer in enumerate(trainer.optimizers):
             if index == len(self._follows):
                 self._follows.append([])
@@ -164,7 +165,7 @@ class ScheduleCallback(AfterScheduledStep):
                         f"{type(value).__name__}: choose another option"
                     )
                 follows.append(value != 0)
-            following += [group for group, is_chosen in zip(optimizer.param_groups, follows, strict=True) if is_chosen]
+            following += [(optimizer, number) for number, is_chosen in enumerate(follows) if is_chosen]
         if not following:
             raise MisconfigurationException(
                 f"ScheduleCallback found no parameter group with another {self.target!r} than 0, and groups with 0 "
@@ -198,6 +199,15 @@ class ScheduleCallback(AfterScheduledStep):
                     "one of the two schedules, DINOLoss(..., warmup_teacher_temp_epochs=0)"
                 )
         return owners
+
+
+def _option(optimizer: Optimizer, index: int, name: str) -> Any:
+    return optimizer.param_groups[index][name]
+
+
+def _set_option(optimizer: Optimizer, index: int, name: str, value: float) -> None:
+    # By index, because optimizer.load_state_dict replaces the groups.
+    optimizer.param_groups[index][name] = value
 
 
 def _follow_path(pl_module: LightningModule, path: str) -> Any:

@@ -92,9 +92,9 @@ class TeacherUpdateCallback(AfterScheduledStep):
         self._teachers: list[Tensor] = []
         self._losses: GuardedLosses | None = None
         self._is_checked = False  # whether the first step checked that the parameters are still the module's
-        # For the receipt, by name: number of checks at which it changed, and at which it should have changed.
+        # For the receipt, by name: number of looks at which it changed, and at which it should have changed.
         self._seen: dict[str, list[int]] = {}
-        self._ranks = self._world = 1  # processes in which all changed at every check, and all processes
+        self._world, self._missed = 1, 0  # processes, and those in which something did not change at a look
         self._other_parts_before = "not checked"
 
     @property
@@ -102,10 +102,11 @@ class TeacherUpdateCallback(AfterScheduledStep):
         """The observed changes, the number of updates and the last momentum; None before the first update."""
         if not self.steps_taken:
             return None
-        checks = [f"{name} at {seen} of {counted}" for name, (seen, counted) in self._seen.items()]
-        seen = f"seen to change: {', '.join(checks)} checks, on {self._ranks} of {self._world} ranks"
+        looks = [f"{name} at {seen} of {counted}" for name, (seen, counted) in self._seen.items()]
+        first, others = "".join(looks[:1]).replace(" at ", " seen to change at ", 1), looks[1:]
+        seen = f"{', '.join([f'{first} looks', *others])}, on {self._world - self._missed} of {self._world} ranks"
         return (
-            f"{seen if checks else 'not checked'}, in {self.progress()}, last with momentum {self.last_momentum:.6g}; "
+            f"{seen if looks else 'no look'}, in {self.progress()}, last with momentum {self.last_momentum:.6g}; "
             f"teacher parts left behind: {self._other_parts}"
         )
 
@@ -133,7 +134,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
         """Reset the state of an earlier run, before a checkpoint is loaded."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not self._has_count:
-            self.momentum, self._seen, self._ranks = None, {}, trainer.world_size
+            self.momentum, self._seen, self._missed = None, {}, 0
             self._other_parts_before = "not checked"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,7 +196,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
     def _look_at_update(self) -> None:
         """Update, and count the teachers and centers that changed, of those that should."""
         centers = {} if self._losses is None else self._losses.moving_centers()
-        centers_before = [center.clone() for center in centers.values()]
+        centers_before = [center.clone() for center, _ in centers.values()]
         before = fingerprint(self._teachers)
         should_change = fingerprint(self._students) != before
         if self._momentum_of(self.steps_taken - 1) == 1:
@@ -208,8 +209,9 @@ class TeacherUpdateCallback(AfterScheduledStep):
             for expected, seen in zip(should_change.split(sizes), changed.split(sizes), strict=True)
             for flag in (expected.any(), (expected & seen).any())
         ]
-        for center, center_before in zip(centers.values(), centers_before, strict=True):
-            flags += [torch.ones_like(flags[0]), (center != center_before).any()]
+        for (center, is_expected), center_before in zip(centers.values(), centers_before, strict=True):
+            has_collected = torch.full_like(flags[0], is_expected)
+            flags += [has_collected, has_collected & (center != center_before).any() & center.isfinite().all()]
         processes = read(torch.stack(flags))
         names = [teacher for _, teacher in self.pairs] + list(centers)
         for name, expected, seen in zip(names, processes[::2], processes[1::2], strict=True):
@@ -217,7 +219,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
             if expected:
                 counts[0] += seen == expected
                 counts[1] += 1
-                self._ranks = min(self._ranks, self._world - int(expected - seen))
+                self._missed = max(self._missed, int(expected - seen))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Raise an error if no step was seen, or if the teacher's parameters are no longer the module's."""
@@ -227,22 +229,22 @@ class TeacherUpdateCallback(AfterScheduledStep):
         self._check_current(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """The count of steps, the length of the schedule, and the results of the checks."""
-        checks = {"seen": self._seen, "ranks": self._ranks, "other_parts": self._other_parts}
-        return {**super().state_dict(), **checks}
+        """The count of steps, the length of the schedule, and the results of the looks."""
+        looks = {"seen": self._seen, "missed": self._missed, "other_parts": self._other_parts}
+        return {**super().state_dict(), **looks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue with the counts of a resumed run."""
         super().load_state_dict(state_dict)
         if "seen" in state_dict:  # not in checkpoints of 0.1
-            self._seen, self._ranks = state_dict["seen"], state_dict["ranks"]
+            self._seen, self._missed = state_dict["seen"], state_dict["missed"]
             self._other_parts_before = state_dict["other_parts"]
 
     @property
     def _other_parts(self) -> str:
         """Outcome of the check of the teacher's parts outside the pairs, in this run or before it was resumed."""
-        check = self.teacher_check
-        return self._other_parts_before if check is None or check.outcome == "not checked" else check.outcome
+        outcome = self.outcome if self.teacher_check is None else self.teacher_check.outcome
+        return self._other_parts_before if outcome == "not checked" else outcome
 
     def _unhook(self) -> None:
         super()._unhook()

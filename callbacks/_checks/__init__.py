@@ -25,7 +25,8 @@ class Checked(Callback):
     inside an accumulation window causes a warning when it is written and when a run is resumed from it.
     """
 
-    teacher_check: TeacherCheck | None = None  # of this run, the same for all callbacks of the Trainer
+    teacher_check: TeacherCheck | None = None  # during training, the same for all callbacks of the Trainer
+    outcome = "not checked"  # of the teacher's check in the last run
     _is_first = False
     _holds_gradients = False  # whether a backward has run since the last optimizer step
     _checked_epoch = -1
@@ -43,7 +44,7 @@ class Checked(Callback):
         if self._is_first:
             check = TeacherCheck(trainer, pl_module, _pairs(trainer))
             for callback in ours:
-                callback.teacher_check = check
+                callback.teacher_check, callback.outcome = check, check.outcome
             self._checked_epoch, self._reported, self._holds_gradients = -1, frozenset(), False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -82,12 +83,17 @@ class Checked(Callback):
         """Run the checks after the last batch."""
         if self._is_first and self.teacher_check is not None:
             self.teacher_check.look(trainer, is_last=True)
-            self.teacher_check.end()
+        self._end_check()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the checks."""
-        if self._is_first and self.teacher_check is not None:
+        self._end_check()
+
+    def _end_check(self) -> None:
+        """Keep the outcome, but no reference to the module."""
+        if self.teacher_check is not None:
             self.teacher_check.end()
+            self.outcome, self.teacher_check = self.teacher_check.outcome, None
 
     def _check_modes(self, trainer: Trainer, pl_module: LightningModule) -> None:
         modules = dict(pl_module.named_modules())

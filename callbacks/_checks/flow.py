@@ -1,12 +1,16 @@
 """Finding the parameters from which an output was computed."""
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+NO_SCHEMA = SimpleNamespace(arguments=())  # of higher-order operators
 
 
 class Flow(TorchDispatchMode):
@@ -18,6 +22,9 @@ class Flow(TorchDispatchMode):
         parameters: Parameters by name. Those that share memory count as one.
     """
 
+    supports_higher_order_operators = True
+    _parameters: frozenset[int] = frozenset()
+
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = list(parameters)
@@ -25,6 +32,7 @@ class Flow(TorchDispatchMode):
         self._sources: dict[int, tuple[StorageWeakRef, int]] = {}
         for index, parameter in enumerate(parameters.values()):
             self._add(parameter, 1 << index)
+        self._parameters = frozenset(self._sources)  # which keep their sources when an optimizer writes to them
 
     def sources(self, *tensors: Tensor) -> set[str]:
         """Names of the parameters that these tensors were computed from."""
@@ -37,7 +45,7 @@ class Flow(TorchDispatchMode):
         if bits:
             written = [
                 value
-                for argument, value in zip(func._schema.arguments, args, strict=False)
+                for argument, value in zip(getattr(func, "_schema", NO_SCHEMA).arguments, args, strict=False)
                 if argument.alias_info is not None and argument.alias_info.is_write
             ]
             for tensor in tree_leaves((result, written)):
@@ -48,11 +56,20 @@ class Flow(TorchDispatchMode):
     def _bits(self, values: Any) -> int:
         bits = 0
         for value in values:
-            if isinstance(value, Tensor):
-                bits |= self._sources.get(value.untyped_storage()._cdata, (None, 0))[1]
+            if isinstance(value, Tensor) and (storage := _storage(value)) is not None:
+                bits |= self._sources.get(storage._cdata, (None, 0))[1]
         return bits
 
     def _add(self, tensor: Tensor, bits: int) -> None:
-        storage = tensor.untyped_storage()
-        reference, before = self._sources.get(storage._cdata, (None, 0))
-        self._sources[storage._cdata] = reference or StorageWeakRef(storage), before | bits
+        storage = _storage(tensor)
+        if storage is not None and storage._cdata not in self._parameters:
+            reference, before = self._sources.get(storage._cdata, (None, 0))
+            self._sources[storage._cdata] = reference or StorageWeakRef(storage), before | bits
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
+    """None for sparse and other tensors without one, through which nothing is followed."""
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError, ValueError):  # ValueError: not yet initialized
+        return None

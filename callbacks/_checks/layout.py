@@ -1,6 +1,7 @@
 """Names, parameters and observed values of a LightningModule, and the pairs of student and teacher in it."""
 
 import difflib
+import re
 from collections.abc import Collection, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from dino_head.head import DINOProjectionHead
 
@@ -46,10 +48,33 @@ def without_compile(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
+def address_of(parameter: Tensor, *, of_storage: bool = False) -> int:
+    """The address of a parameter's values, or of all memory that it is a view of; its id if it has none."""
+    try:
+        value = local_part(parameter)
+        return int(value.untyped_storage()._cdata) if of_storage else value.data_ptr()
+    except (NotImplementedError, RuntimeError, ValueError):  # of sparse or not yet initialized parameters
+        return id(parameter)
+
+
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
-    """One int64 for each tensor, on its device: the sum of its bits read as integers. It is equal for equal tensors."""
-    parts = [local_part(tensor).contiguous() for tensor in tensors]
-    return torch.stack([part.view(INTEGERS[part.element_size()]).sum() for part in parts])
+    """One int64 for each tensor, on its device: the sum of its bits read as integers. Equal tensors have equal ones.
+
+    Sparse and quantized tensors and those that are not initialized have 0.
+    """
+    if not tensors:
+        return torch.zeros(0, dtype=torch.int64)
+    sums = [_sum_of_bits(tensor) for tensor in tensors]
+    return torch.stack([value.to(sums[0].device) for value in sums])
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    if is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        return torch.zeros((), dtype=torch.int64, device=tensor.device)
+    part = local_part(tensor).contiguous()
+    if part.is_complex():
+        part = torch.view_as_real(part)
+    return part.view(INTEGERS[part.element_size()]).sum()
 
 
 def read(values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> list[float]:
@@ -64,40 +89,51 @@ def read(values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> lis
 def matching_pairs(
     pl_module: nn.Module, teachers: Collection[str], students: Collection[str], others: Collection[str] = ()
 ) -> list[tuple[str, str]]:
-    """Names of the largest modules of teachers, each with the student of equal structure whose name is most similar.
+    """Names of the largest modules of teachers, each with its student: of the same structure, and a similar name.
+
+    A student may have further parameters. A teacher of which only parts have a student is another architecture.
 
     Args:
         pl_module: Module that contains both sides.
-        teachers: Names of the parameters of teachers. A teacher module contains only these, a student module none.
-        students: Names of parameters that are trained. A teacher whose student has none of them is skipped.
+        teachers: Names of the parameters of teachers. A teacher module contains no others, and a student module none.
+        students: Names of parameters that are trained. A teacher whose student has none of them is left out.
         others: Names of further parameters that no student contains.
     """
-    shapes = {name: parameter.shape for name, parameter in pl_module.named_parameters()}
-    parts = {
-        module: {
-            without_compile(name.removeprefix(f"{module}.")): name for name in shapes if name.startswith(f"{module}.")
-        }
-        for module, _ in pl_module.named_modules()
-        if module
-    }
-    found: dict[str, str] = {}  # students by teachers
-    for teacher, own in parts.items():  # parents come before their children
-        is_covered = any(teacher.startswith(f"{other}.") for other in found)
-        if is_covered or not own or not set(own.values()) <= set(teachers):
-            continue
-        candidates = [
-            (len(theirs) == len(own), difflib.SequenceMatcher(None, student, teacher).ratio(), student)
-            for student, theirs in parts.items()
-            if set(theirs.values()).isdisjoint({*teachers, *others})
-            and all(name in theirs and shapes[theirs[name]] == shapes[own[name]] for name in own)
-        ]
-        if candidates:
-            found[teacher] = max(candidates)[2]
-    return [
-        (student, teacher)
-        for teacher, student in found.items()
-        if any(parts[student][name] in students for name in parts[teacher])
-    ]
+    teachers, excluded = set(teachers), {*teachers, *others}
+    parts: dict[str, dict[str, str]] = {name: {} for name, _ in pl_module.named_modules() if name}
+    structures: dict[str, set[tuple[str, torch.Size]]] = {name: set() for name in parts}
+    for name, parameter in pl_module.named_parameters():
+        if not is_lazy(parameter):
+            for index in (index for index, letter in enumerate(name) if letter == "."):
+                below = without_compile(name[index + 1 :])
+                parts[name[:index]][below] = name
+                structures[name[:index]].add((below, parameter.shape))
+    largest: list[str] = []
+    for module, own in parts.items():  # parents come before their children
+        is_below = any(module.startswith(f"{other}.") for other in largest)
+        if own and not is_below and teachers.issuperset(own.values()):
+            largest.append(module)
+    possible = [module for module, own in parts.items() if own and excluded.isdisjoint(own.values())]
+    pairs = []
+    for teacher in largest:
+        alike = [one for one in possible if structures[one] >= structures[teacher] and _are_alike(one, teacher)]
+        if alike:
+            likeness = {one: difflib.SequenceMatcher(None, one, teacher).ratio() for one in alike}
+            student = max(alike, key=lambda one: (structures[one] == structures[teacher], likeness[one]))
+            if any(parts[student][name] in students for name in parts[teacher]):
+                pairs.append((student, teacher))
+    return pairs
+
+
+def _are_alike(student: str, teacher: str) -> bool:
+    """Whether two names differ in one word, or one has a word more: student_head and teacher_head, net and ema_net."""
+    ours, theirs = (
+        [word for word in re.split(r"[._]", without_compile(name)) if word != "module"] for name in (student, teacher)
+    )
+    if len(ours) == len(theirs):
+        return bool(sum(a != b for a, b in zip(ours, theirs, strict=True)) == 1)
+    short, long = sorted((ours, theirs), key=len)
+    return any([*long[:index], *long[index + 1 :]] == short for index in range(len(long)))
 
 
 def as_arguments(pl_module: nn.Module, pairs: Pairs) -> str:

@@ -20,7 +20,7 @@ class GuardedLosses:
     Each call adds its value, and 0 or NaN for the outputs of both sides, to five numbers on the device. Before
     backward they are reduced over all processes and copied to the host, without waiting. Before the optimizer's step,
     when backward is queued, the host reads them. Under manual optimization, where the optimizer may be one that
-    Lightning does not know, the host reads them during the call.
+    Lightning does not know, the host reads them before backward.
 
     The losses are guarded only within batches. Copies made between batches are then plain modules, and calls between
     batches do not mix with the sums of an accumulation window.
@@ -60,10 +60,10 @@ class GuardedLosses:
         """Discard the sums of an interrupted step."""
         self.collected, self.sums, self.copies = {}, None, []
 
-    def moving_centers(self) -> dict[str, Tensor]:
-        """The centers that should change in each step, by name."""
+    def moving_centers(self) -> dict[str, tuple[Tensor, bool]]:
+        """The centers that may change, by name, and whether this process has collected sums for them."""
         return {
-            f"{name}.center": loss.center
+            f"{name}.center": (loss.center, name in self.collected)
             for name, loss in self.losses.items()
             if loss.center is not None and loss.center_momentum < 1
         }
@@ -77,18 +77,22 @@ class GuardedLosses:
     def reduce(self) -> None:
         """Reduce the sums of the calls so far over all processes, and start to copy them to the host.
 
-        All processes have to call it.
+        All processes have to call it, as they do before backward.
         """
         sums, self.sums = self.sums, None
-        if dist.is_available() and dist.is_initialized():
+        if _has_processes():
             sums = torch.zeros(5, device=self.pl_module.device) if sums is None else sums
             dist.all_reduce(sums)
         if sums is not None:
             self.copies.append(_HostCopy(sums))
+        if not self.pl_module.automatic_optimization:
+            self.require_finite()
 
     def require_finite(self) -> None:
         """Raise FloatingPointError if a value of this accumulation window is not finite, in all processes alike."""
-        copies, self.copies = self.copies, []
+        if self.sums is not None:  # of a call without backward, whose logits the center has collected
+            self.copies.append(_HostCopy(self.sums))
+        copies, self.copies, self.sums = self.copies, [], None
         for loss, *extremes in (copy.read() for copy in copies):
             if not math.isfinite(loss):
                 teacher, student = sum(extremes[:2]), sum(extremes[2:])
@@ -97,7 +101,7 @@ class GuardedLosses:
                 reason = explain((teacher, student), (sides[1], sides[0]), center_is_finite=center)
                 raise FloatingPointError(
                     f"the loss is {loss} in epoch {self.trainer.current_epoch}, at optimizer step "
-                    f"{self.trainer.global_step}: {reason}. Nothing was updated in this step"
+                    f"{self.trainer.global_step}: {reason}. No update has used it"
                 )
 
     def _return_collected(self) -> None:
@@ -115,12 +119,15 @@ class GuardedLosses:
         sums[1:] *= 0  # NaN, if not finite
         self.sums = sums if self.sums is None else self.sums + sums
         if not self.pl_module.automatic_optimization:
-            self.reduce()
-            self.require_finite()
+            value.register_hook(lambda _: self.require_finite())  # in case of a plain loss.backward()
 
     def _weights_are_finite(self, modules: tuple[str, ...]) -> bool:
         parameters = [p for name in modules for p in self.pl_module.get_submodule(name).parameters()]
         return all(bool(parameter.isfinite().all()) for parameter in parameters)
+
+
+def _has_processes() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 class _HostCopy:

@@ -41,6 +41,7 @@ def check_modes(pl_module: LightningModule, pairs: Pairs) -> list[str]:
 
 def _check_student(pl_module: LightningModule, student: str, modules: Modules) -> list[str]:
     side = pl_module.get_submodule(student)
+    modules = {name: module for name, module in modules.items() if module.training or _is_trained(side, name)}
     still = {name: module for name, module in modules.items() if not module.training}
     if not still:
         return []
@@ -96,6 +97,13 @@ def _act_differently(side: nn.Module) -> tuple[Modules, Modules]:
     return norms, random
 
 
+def _is_trained(side: nn.Module, name: str) -> bool:
+    """Whether a module, or the nearest one around it that has parameters, has any that are trained."""
+    while name and not any(True for _ in side.get_submodule(name).parameters()):
+        name = name.rpartition(".")[0]
+    return any(parameter.requires_grad for parameter in side.get_submodule(name).parameters())
+
+
 def _has_statistics(module: nn.Module) -> bool:
     return isinstance(module, _NormBase) and module.track_running_stats
 
@@ -105,11 +113,11 @@ def _rates(module: nn.Module) -> Iterator[float]:
     kind = type(module).__name__.lower()
     is_drop = "drop" in kind or "stochastic" in kind  # nn.Dropout(p), DropPath, StochasticDepth, PatchDropout(prob)
     for name, value in vars(module).items():
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and ("drop" in name or (is_drop and name in ("p", "prob"))):
+        is_rate = isinstance(value, float) and 0 < value <= 1
+        if is_rate and ("drop" in name or (is_drop and name in ("p", "prob"))):
             yield value
-    if "rope" in kind:  # DINOv3: positions that are shifted, jittered or rescaled at random
-        settings = {**vars(getattr(module, "config", nn.Identity())), **vars(module)}
+    if "Rope" in type(module).__name__.replace("RoPE", "Rope"):  # positions that training shifts or rescales: DINOv3
+        settings = {**getattr(getattr(module, "config", None), "__dict__", {}), **vars(module)}
         of_transformers = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
         of_the_authors = ("shift_coords", "jitter_coords", "rescale_coords")
         yield from (float(settings[name]) for name in of_transformers + of_the_authors if settings.get(name))

@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Callable
-from itertools import compress
+from functools import partial
+from itertools import compress, islice
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 
 from dino_head.callbacks._checks.flow import Flow
 from dino_head.callbacks._checks.layout import (
     PAIRS,
     Pairs,
+    address_of,
     as_arguments,
     find_submodule,
     fingerprint,
@@ -29,6 +32,8 @@ from dino_head.callbacks._checks.own_code import may_write
 from dino_head.functional._outputs import as_outputs
 from dino_head.losses import DINOLoss
 
+Sources = dict[str, tuple[set[str], set[str]]]
+
 STEPS = 3  # optimizer steps after the first one that changed the student
 LOOKS = 16  # it compares at each of the first 16 batches, later at every 16th
 LATE = 200  # batches after which the user's own code should have updated the teacher
@@ -37,12 +42,14 @@ SLOWEST = 1e-4  # 1 - momentum of a slow average
 
 
 class TeacherCheck:
-    """Compares all weights with those at the start, until three optimizer steps after the student first changed.
+    """Compares all weights with those at the first batch, until three optimizer steps after the student first changed.
 
-    Parameters that are then unchanged, frozen and in no pair are followed through one training step (`Flow`). Those
-    that feed only the teacher's outputs of a loss, although their counterparts in the student have changed, are
+    Parameters that are then unchanged, not trained and in no pair are followed through one training step (`Flow`).
+    Those that feed only the teacher's outputs of a loss, although their counterparts in the student have changed, are
     reported. Without such parameters, no step is followed. If code of a module or a callback may update the teacher
     every k steps (`may_write`), it has more time for a first update.
+
+    All processes decide alike, as everything that they observe is reduced over them.
 
     Attributes:
         outcome: Names of the teacher's parts outside the pairs that are left behind, "none" or "not checked".
@@ -53,28 +60,16 @@ class TeacherCheck:
     def __init__(self, trainer: Trainer, pl_module: LightningModule, pairs: Pairs) -> None:
         self.pl_module, self.pairs = pl_module, pairs
         self.outcome, self.has_warned, self.wait = "not checked", False, STEPS
-        self._losses = [module for module in pl_module.modules() if isinstance(module, DINOLoss)]
+        self._losses = {name: module for name, module in pl_module.named_modules() if isinstance(module, DINOLoss)}
         self._is_done = not self._losses
         self._steps = 0  # that changed a trained parameter
         self._batches = 0
-        self._global_step = trainer.global_step
-        self._teachers: set[str] = set()  # parameters that feed only the teacher's outputs of a loss
-        self._students: set[str] = set()  # parameters that feed the student's
-        self._parameters = dict(pl_module.named_parameters())
-        self._start = self._latest = fingerprint(list(self._parameters.values()))
-        self._identities = self._now_identities()
+        self._global_step = -1
+        # For each loss, the names of the parameters that feed the teacher's outputs, and those that feed the student's.
+        self._sources: Sources = {name: (set(), set()) for name in self._losses}
+        self._is_followed = False
+        self._parameters: dict[str, nn.Parameter] = {}
         self._restore: Callable[[], None] | None = None
-        self._has_own_code = may_write([pl_module, *trainer.callbacks])  # type: ignore[attr-defined]
-        in_pairs = {
-            id(parameter)
-            for _, teacher in pairs
-            for parameter in find_submodule(pl_module, teacher, PAIRS).parameters()
-        }
-        self._frozen = {
-            name
-            for name, parameter in self._parameters.items()
-            if not parameter.requires_grad and id(parameter) not in in_pairs
-        }
 
     def look(self, trainer: Trainer, *, is_last: bool = False) -> None:
         """Compare the weights after a batch; raise an error or warn after enough steps.
@@ -88,37 +83,80 @@ class TeacherCheck:
         if self._is_done or not has_stepped or not is_time:
             return
         self._global_step = trainer.global_step
+        if not self._parameters:
+            self._begin(trainer)
+        names = list(self._parameters)
         self._parameters = dict(self.pl_module.named_parameters())
-        written = self._written()
-        if self._parameters.keys() != self._identities.keys():  # modules were added or removed
+        if list(self._parameters) != names:  # modules were added or removed
             self._is_done = True
             return
-        now = fingerprint(list(self._parameters.values()))
-        values = read(torch.cat([now != self._latest, now != self._start]), dist.ReduceOp.MAX)
-        self._latest = now
-        count = len(self._parameters)
-        just_now, changed = (set(compress(self._parameters, part)) for part in (values[:count], values[count:]))
-        self._steps += any(self._parameters[name].requires_grad for name in just_now)
-        suspects = self._frozen - changed - written
+        just_now, changed, written = self._observe()
+        self._steps += bool(just_now & self._trained)
+        suspects = set(names) - self._trained - self._in_pairs - changed - written
         if self._steps >= self.wait and not suspects:
             self._is_done, self.outcome = True, "none"
-        elif self._steps > self.wait and self._teachers and not self._is_early(changed, is_last=is_last):
-            self._is_done = True
-            self._judge(suspects, changed)
+        elif self._steps > self.wait and self._found_teachers() and not self._is_early(changed | written, is_last):
+            self._is_done, self.outcome = True, "none"
+            for teachers, students in self._sources.values():
+                self._judge(suspects, changed, written, teachers - students, students)
 
-    def _is_early(self, changed: set[str], *, is_last: bool) -> bool:
+    def _begin(self, trainer: Trainer) -> None:
+        """Note the weights at the first batch, when all hooks that may set them have been called."""
+        self._parameters = dict(self.pl_module.named_parameters())
+        self._start = self._latest = fingerprint(list(self._parameters.values()))
+        self._identities = self._now_identities()
+        self._has_own_code = may_write([self.pl_module, *trainer.callbacks])  # type: ignore[attr-defined]
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        optimized = {id(parameter) for group in groups for parameter in group["params"]}
+        in_pairs = {
+            id(parameter)
+            for _, teacher in self.pairs
+            for parameter in find_submodule(self.pl_module, teacher, PAIRS).parameters()
+        }
+        everything = self._parameters.items()
+        self._in_pairs = {name for name, parameter in everything if id(parameter) in in_pairs}
+        self._trained = {
+            name
+            for name, parameter in everything
+            if parameter.requires_grad and (not optimized or id(parameter) in optimized)
+        }
+
+    def _observe(self) -> tuple[set[str], set[str], set[str]]:
+        """Names of the parameters that changed since the last look, or since the start, or were written to."""
+        now = fingerprint(list(self._parameters.values()))
+        identities = self._now_identities()
+        known = [[identities[name] != self._identities[name] for name in self._parameters]]
+        if self._is_followed:
+            known += [[name in side for name in self._parameters] for sides in self._sources.values() for side in sides]
+        flags = torch.cat([now != self._latest, now != self._start, torch.tensor(known, device=now.device).flatten()])
+        self._latest = now
+        values = iter(read(flags, dist.ReduceOp.MAX))
+        just_now, changed, written, *sources = (
+            set(compress(self._parameters, islice(values, len(self._parameters)))) for _ in range(2 + len(known))
+        )
+        if self._is_followed:
+            self._sources = dict(zip(self._losses, zip(sources[::2], sources[1::2], strict=True), strict=True))
+            self._is_followed = False
+        return just_now, changed, written
+
+    def _found_teachers(self) -> bool:
+        return any(teachers - students for teachers, students in self._sources.values())
+
+    def _is_early(self, changed: set[str], is_last: bool) -> bool:
         """Whether the user's code, which has updated nothing yet, may do so every k steps."""
-        may_follow = self._batches < LATE and not is_last and not self.pairs and not self._teachers & changed
+        teachers = {name for teachers, students in self._sources.values() for name in teachers - students}
+        may_follow = self._batches < LATE and not is_last and not self.pairs and not teachers & changed
         return may_follow and self._has_own_code
 
     def follow_next(self) -> None:
         """Follow the parameters through the next training step, if necessary; the step computes the same values."""
-        if self._is_done or self._steps < self.wait or self._teachers:
+        if self._is_done or self._steps < self.wait or not self._parameters or self._found_teachers():
             return
         if self._shares_memory() or self._steps > self.wait + TRIES:
             self._is_done = True
             return
         self.end()  # of a batch that was skipped
+        self._is_followed = True
         training_step, own = self.pl_module.training_step, vars(self.pl_module).get("training_step")
 
         def restore() -> None:
@@ -142,51 +180,52 @@ class TeacherCheck:
 
     def _follow(self, training_step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         flow = Flow(self._parameters)
-        teachers: set[str] = set()
-        students: set[str] = set()
 
-        def note(loss: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+        def note(loss: nn.Module, given: tuple[Any, ...], options: dict[str, Any], *, name: str) -> None:
             named = inspect.signature(loss.forward).bind(*given, **options).arguments
-            for names, side in ((teachers, "teacher_out"), (students, "student_out")):
+            for sources, side in zip(self._sources[name], ("teacher_out", "student_out"), strict=True):
                 if side in named:  # a subclass may have other arguments
-                    names |= flow.sources(*as_outputs(named[side]).tensors)
+                    sources |= flow.sources(*as_outputs(named[side]).tensors)
 
-        hooks = [loss.register_forward_pre_hook(note, with_kwargs=True) for loss in self._losses]
+        hooks = [
+            loss.register_forward_pre_hook(partial(note, name=name), with_kwargs=True)
+            for name, loss in self._losses.items()
+        ]
         try:
             with torch.compiler.set_stance("force_eager"), flow:
                 return training_step(*args, **kwargs)
         finally:
             for hook in hooks:
                 hook.remove()
-            self._teachers, self._students = teachers - students, students
 
-    def _judge(self, suspects: set[str], changed: set[str]) -> None:
-        """Compare the teacher's parameters that did not change with the student's that did."""
-        stuck = suspects & self._teachers
-        trained = {name for name in changed if self._parameters[name].requires_grad}
-        candidates = matching_pairs(self.pl_module, suspects - self._students, trained, self._teachers)
+    def _judge(
+        self, suspects: set[str], changed: set[str], written: set[str], teachers: set[str], students: set[str]
+    ) -> None:
+        """Compare a loss's teacher parameters that did not change with the student's that did."""
+        stuck = suspects & teachers
+        candidates = matching_pairs(self.pl_module, suspects - students, changed & self._trained, teachers)
         pairs = [
             (student, teacher)
             for student, teacher in candidates
             if any(name.startswith(f"{teacher}.") for name in stuck) and self._should_have_changed(student, teacher)
         ]
-        students, teachers = (", ".join(names) for names in zip(*pairs, strict=True)) if pairs else ("", "")
-        is_updated = bool(self.pairs or self._teachers & changed or self._teachers & self._written())
-        covered = {name for name in stuck for _, teacher in pairs if name.startswith(f"{teacher}.")}
-        self.outcome = teachers if pairs else "none"
-        if is_updated and pairs:
+        if not pairs:
+            return
+        ours, theirs = (", ".join(names) for names in zip(*pairs, strict=True))
+        if teachers & (self._in_pairs | changed | written):
+            self.outcome = theirs
             raise MisconfigurationException(
-                f"the teacher is only partly updated: the loss uses {teachers}, which did not change in the "
-                f"{self.wait} optimizer steps after {students} first changed, and "
-                f"{'is' if len(pairs) == 1 else 'are'} in no pair. Name all parts: "
-                f"{as_arguments(self.pl_module, [*self.pairs, *pairs])}"
+                f"the teacher is only partly updated: the loss uses {theirs}, which did not change in the {self.wait} "
+                f"optimizer steps after {ours} first changed and {'is' if len(pairs) == 1 else 'are'} in no pair. Name "
+                f"all parts: {as_arguments(self.pl_module, [*self.pairs, *pairs])}"
             )
-        if pairs and covered == stuck:  # otherwise the teacher is another architecture
-            self.has_warned = True
+        covered = {name for name in stuck for _, teacher in pairs if name.startswith(f"{teacher}.")}
+        if covered == stuck:  # otherwise the teacher is another architecture
+            self.outcome, self.has_warned = theirs, True
             rank_zero_warn(
-                f"teacher does not follow: {teachers} did not change in the {self.wait} optimizer steps after "
-                f"{students} first changed. Add {as_arguments(self.pl_module, pairs)} to the Trainer's callbacks (for "
-                "a fixed teacher, with base_momentum=1). If your own code updates it less often, ignore this warning."
+                f"teacher does not follow: {theirs} did not change in the {self.wait} optimizer steps after {ours} "
+                f"first changed. Add {as_arguments(self.pl_module, pairs)} to the Trainer's callbacks, for a fixed "
+                "teacher with base_momentum=1. (If your own code updates it less often, ignore this.)"
             )
 
     def _should_have_changed(self, student: str, teacher: str) -> bool:
@@ -198,22 +237,23 @@ class TeacherCheck:
         changes = [
             ((students[name] - value).abs() * SLOWEST > value.abs() * torch.finfo(value.dtype).eps).any()
             for name, value in teachers.items()
+            if value.is_floating_point()
         ]
-        return any(read(torch.stack(changes), dist.ReduceOp.MAX))
-
-    def _written(self) -> set[str]:
-        """Frozen parameters that were written to, even with equal values, as by an average of equal networks."""
-        now = self._now_identities()
-        return {name for name in self._frozen if now.get(name) != self._identities[name]}
+        return bool(changes) and any(read(torch.stack(changes), dist.ReduceOp.MAX))
 
     def _now_identities(self) -> dict[str, tuple[int, ...]]:
+        """Values that differ after a write to a parameter, even of equal values, as by an average of equal networks."""
         return {
-            name: (id(parameter), parameter._version, local_part(parameter).data_ptr())
+            name: (id(parameter), _version_of(parameter), address_of(parameter))
             for name, parameter in self._parameters.items()
         }
 
     def _shares_memory(self) -> bool:
         """Whether parameters are shards, or views of a flat parameter, and cannot be told apart."""
         distinct = {id(parameter): parameter for parameter in self._parameters.values()}.values()
-        addresses = {local_part(parameter).untyped_storage()._cdata for parameter in distinct}
+        addresses = {address_of(parameter, of_storage=True) for parameter in distinct}
         return len(addresses) < len(distinct) or any(isinstance(parameter, DTensor) for parameter in distinct)
+
+
+def _version_of(parameter: nn.Parameter) -> int:
+    return -1 if is_lazy(parameter) or parameter.is_inference() else parameter._version

@@ -209,3 +209,34 @@ def test_other_names_come_from_the_pairs():
     (text,) = fit(made, TeacherUpdateCallback(pairs))
     assert "(teacher.backbone.3)" in text
     assert "Call teacher.backbone.train()" in text
+
+
+@pytest.mark.parametrize("part", [nn.Dropout(0.1), BatchNorm(8)])
+def test_a_frozen_backbone_may_be_in_evaluation_mode(part):
+    made = module(part)
+    made.student["backbone"].requires_grad_(False).eval()
+    made.teacher.eval()
+    assert not fit(made, TeacherUpdateCallback((("student.head", "teacher.head"),)))
+    assert not fit(made, FreezeLastLayerCallback(1))
+
+
+class Counts(nn.Module):
+    """Numbers that are no rates, and a name that only contains the letters of RoPE."""
+
+    num_dropped_tokens = 4
+
+    def __init__(self):
+        super().__init__()
+        self.drop_last_n, self.dropout_seed, self.config = 4, 7, {"pos_embed_shift": 0.1}
+
+    def forward(self, x):
+        return x
+
+
+class PropertyHead(Counts):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Counts, PropertyHead])
+def test_other_numbers_are_no_rates(kind):
+    assert not fit(module(kind()))

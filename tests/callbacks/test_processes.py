@@ -36,7 +36,7 @@ def test_the_ranks_are_identical(two, strategy):
     freeze, teacher, schedule = first["receipts"]
     steps = 6 if strategy.startswith("accumulated") else 12
     assert f"frozen for {steps} optimizer steps, bitwise unchanged on 2 of 2 ranks" in freeze
-    assert teacher.startswith("seen to change: teacher at 6 of 6, loss.center at 6 of 6 checks")
+    assert teacher.startswith("teacher seen to change at 6 of 6 looks, loss.center at 6 of 6")
     assert f"on 2 of 2 ranks, in {3 * steps} of {3 * steps} optimizer steps" in teacher
     assert schedule.endswith(f"in {3 * steps} of {3 * steps} optimizer steps")
 
@@ -97,10 +97,18 @@ def test_a_nan_in_one_process_stops_both_before_any_update(optimization, nan):
 
 def test_the_receipt_counts_the_processes_in_which_the_teacher_changed(nan):
     for rank in nan:
-        assert rank["receipt"].startswith("seen to change: teacher at 0 of ")
+        assert rank["receipt"].startswith("teacher seen to change at 0 of ")
         assert "on 1 of 2 ranks" in rank["receipt"]
 
 
 @pytest.fixture(scope="module")
 def nan(tmp_path_factory):
     return run_in_processes(distributed_fits.nan_on_one, tmp_path_factory.mktemp("nan"))
+
+
+def test_a_process_that_skips_the_loss_in_a_batch_does_not_stop_the_others(tmp_path):
+    first, second = run_in_processes(distributed_fits.loss_skipped_on_one, tmp_path)
+    assert first == second
+    for receipt in first:
+        assert receipt.startswith("teacher seen to change at 4 of 4 looks")
+        assert "on 2 of 2 ranks" in receipt

@@ -21,7 +21,7 @@ def fit(*callbacks, module=None, **options):
 def test_the_usual_receipt_of_the_teacher():
     (receipt,) = fit(TeacherUpdateCallback(base_momentum=0.9, final_momentum=0.9))
     assert receipt == (
-        "seen to change: teacher at 6 of 6, loss.center at 6 of 6 checks, on 1 of 1 ranks, in 12 "
+        "teacher seen to change at 6 of 6 looks, loss.center at 6 of 6, on 1 of 1 ranks, in 12 "
         "optimizer steps, last with momentum 0.9; teacher parts left behind: none"
     )
 
@@ -29,7 +29,7 @@ def test_the_usual_receipt_of_the_teacher():
 def test_a_teacher_that_does_not_change(monkeypatch):
     monkeypatch.setattr(teacher_update, "get_ema_multi_avg_fn", lambda momentum: lambda *_: None)
     (receipt,) = fit(TeacherUpdateCallback())
-    assert receipt.startswith("seen to change: teacher at 0 of 6, loss.center at 6 of 6 checks, on 0 of 1")
+    assert receipt.startswith("teacher seen to change at 0 of 6 looks, loss.center at 6 of 6, on 0 of 1")
 
 
 def test_a_teacher_that_changes_at_some_checks(monkeypatch):
@@ -42,30 +42,30 @@ def test_a_teacher_that_changes_at_some_checks(monkeypatch):
         ),
     )
     (receipt,) = fit(TeacherUpdateCallback())
-    assert receipt.startswith("seen to change: teacher at 5 of 6")
+    assert receipt.startswith("teacher seen to change at 5 of 6")
     assert "on 0 of 1 ranks" in receipt
 
 
 def test_a_center_that_does_not_change(monkeypatch):
     monkeypatch.setattr(DINOLoss, "apply_center_update", lambda self: None)
     (receipt,) = fit(TeacherUpdateCallback())
-    assert "seen to change: teacher at 6 of 6, loss.center at 0 of 6 checks, on 0 of 1" in receipt
+    assert "teacher seen to change at 6 of 6 looks, loss.center at 0 of 6, on 0 of 1" in receipt
 
 
 def test_a_loss_that_is_not_called_in_training():
     module = tiny_dino(warmup_epochs=0)
     module.other = DINOLoss(16)
     (receipt,) = fit(TeacherUpdateCallback(), module=module)
-    assert "loss.center at 6 of 6, other.center at 0 of 6 checks" in receipt
+    assert "loss.center at 6 of 6, other.center at 0 of 0, on 1 of 1 ranks" in receipt
 
 
 def test_checks_at_which_nothing_should_change_do_not_count():
     (receipt,) = fit(TeacherUpdateCallback(base_momentum=1.0))
-    assert receipt.startswith("seen to change: teacher at 0 of 0")
+    assert receipt.startswith("teacher seen to change at 0 of 0")
     assert "last with momentum 1;" in receipt
     still = tiny_dino(lambda parameters: torch.optim.SGD(parameters, lr=0.0))
     (receipt,) = fit(TeacherUpdateCallback(), module=still)
-    assert receipt.startswith("seen to change: teacher at 0 of 0, loss.center at 6 of 6 checks")
+    assert receipt.startswith("teacher seen to change at 0 of 0 looks, loss.center at 6 of 6")
     fixed = tiny_dino(warmup_epochs=0)
     fixed.loss.center_momentum = 1.0
     (receipt,) = fit(TeacherUpdateCallback(), module=fixed)
@@ -78,7 +78,7 @@ def test_checks_at_which_nothing_should_change_do_not_count():
 def test_the_steps_and_the_checks_follow_the_run(options, steps, checks):
     """The last step of a run is checked, wherever the run ends."""
     (receipt,) = fit(TeacherUpdateCallback(), **options)
-    assert f"seen to change: teacher at {checks} of {checks}" in receipt
+    assert f"teacher seen to change at {checks} of {checks} looks" in receipt
     assert f"in {steps} of {steps} optimizer steps" in receipt
 
 

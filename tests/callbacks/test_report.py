@@ -101,7 +101,7 @@ def test_the_page_shows_the_results_of_the_other_callbacks(tmp_path):
     assert page.texts["h2"] == ["Diagnosis", "Course of the run", "Nearest neighbours", "Receipts of the callbacks"]
     assert page.texts["p"][1] == "Too early to tell: a diagnosis needs 1000 measurements."
     assert [text.split(" ")[0] for text in page.texts["li"]] == [
-        "student.head.last_layer", "seen", "weight_decay", "looked", "knn/top1",
+        "student.head.last_layer", "teacher", "weight_decay", "looked", "knn/top1",
     ]  # fmt: skip
     assert report.receipt.startswith(f"{tmp_path / 'report' / 'report.html'} written 1 times, in ")
 

@@ -422,3 +422,22 @@ def test_sync_batch_norm_in_one_process():
         modules.append(run(module, loader()))
     assert any(isinstance(submodule, nn.SyncBatchNorm) for submodule in modules[1].modules())
     close(modules[1], modules[0])
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned")
+def test_a_nan_that_the_module_skips_stops_the_run_before_it_reaches_the_center():
+    class Skips(type(tiny_dino())):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return loss if loss.isfinite() else None
+
+    class NaNs(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 2:
+                batch[0].fill_(torch.nan)
+
+    module = tiny_dino(warmup_epochs=0)
+    module.__class__ = Skips
+    with pytest.raises(FloatingPointError, match="at optimizer step 2"):
+        trainer(NaNs(), TeacherUpdateCallback()).fit(module, view_loader(6))
+    assert module.loss.center.isfinite().all()

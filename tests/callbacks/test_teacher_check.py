@@ -13,6 +13,7 @@ from helpers.layouts import (
     SharedStem,
     TwoAttributes,
     Wrapped,
+    backbone,
     batches,
     copied,
 )
@@ -22,6 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from dino_head import DINOLoss
 from dino_head.callbacks import (
     CollapseMonitorCallback,
     FreezeLastLayerCallback,
@@ -206,7 +208,7 @@ def test_a_student_whose_counterpart_is_not_trained_causes_no_warning():
 
 
 HEAD = (
-    r"the loss uses teacher_head, which did not change in the 3 optimizer steps after student_head first changed, and "
+    r"the loss uses teacher_head, which did not change in the 3 optimizer steps after student_head first changed and "
     r'is in no pair. Name all parts: TeacherUpdateCallback\(pairs=\(\("student", "teacher"\), \("student_head", '
     r'"teacher_head"\),\)\), KNNProbeCallback\(module="teacher"\)'
 )
@@ -337,3 +339,135 @@ def test_unknown_names_raise_with_the_arguments_for_this_module():
         match=r'no submodule .student.* here TeacherUpdateCallback\(pairs=\(\("student_backbone", "momentum_backb',
     ):
         fit(FlatNames(), TeacherUpdateCallback())
+
+
+class Whitened(InDicts):
+    """The teacher's outputs pass a fixed layer, whose shape is that of the student's predictor."""
+
+    def __init__(self):
+        super().__init__()
+        self.student["predictor"] = nn.Linear(16, 16)
+        self.teacher_rotation = copied(nn.Linear(16, 16))
+
+    def outputs(self, side, x):
+        out = super().outputs(side, x)
+        return self.student["predictor"](out) if side == "student" else self.teacher_rotation(out)
+
+
+class Deeper(InDicts):
+    """The teacher has a deeper backbone, and a head that follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher["backbone"] = copied(nn.Sequential(*backbone(), *backbone()))
+
+
+@pytest.mark.parametrize(
+    ("layout", "pairs"), [(Whitened, (("student", "teacher"),)), (Deeper, (("student.head", "teacher.head"),))]
+)
+def test_parts_that_only_have_the_same_shape_are_no_pair(layout, pairs):
+    assert not fit(layout(), TeacherUpdateCallback(pairs))
+    assert not fit(Deeper(), CollapseMonitorCallback())
+
+
+class TwoTeachers(InDicts):
+    """A second loss, with a teacher that is fixed on purpose."""
+
+    def __init__(self):
+        super().__init__()
+        self.fixed_teacher, self.other_loss = copied(self.teacher), DINOLoss(16)
+
+    def training_step(self, x, batch_idx):
+        views = torch.stack([x, x.flip(0)])
+        with torch.no_grad():
+            teacher = self.fixed_teacher["head"](self.fixed_teacher["backbone"](views))
+        return super().training_step(x, batch_idx) + self.other_loss(teacher, self.outputs("student", views))
+
+
+def test_each_loss_has_a_teacher_of_its_own():
+    assert not fit(TwoTeachers(), TeacherUpdateCallback())
+
+
+def test_a_teacher_that_requires_gradients_is_found():
+    class Requires(InDicts):
+        def __init__(self):
+            super().__init__()
+            self.teacher.requires_grad_(True)
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.student.parameters(), lr=0.01)
+
+    assert len(fit(Requires(), CollapseMonitorCallback())) == 1
+
+
+def test_a_teacher_that_is_set_once_when_training_starts_is_found():
+    class SetOnce(InDicts):
+        def on_train_start(self):
+            average(self)
+
+    ((_, step),) = fit(SetOnce(), CollapseMonitorCallback(), count=8)
+    assert step == 8  # its code might do so again
+
+
+def test_steps_inside_the_training_step_do_not_mix_the_sides():
+    class Manual(TwoAttributes):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, x, batch_idx):
+            for _ in range(2):
+                self.optimizers().zero_grad()
+                self.manual_backward(super().training_step(x, batch_idx))
+                self.optimizers().step()
+
+    with pytest.raises(MisconfigurationException, match="the loss uses teacher_head"):
+        fit(Manual(), TeacherUpdateCallback(total_steps=100))
+
+
+def sparse_products(x):
+    return torch.sparse.mm(torch.eye(len(x)).to_sparse(), x)
+
+
+def conditional(x):
+    return torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (x,))
+
+
+@pytest.mark.parametrize("operation", [sparse_products, conditional])
+def test_operations_that_cannot_be_followed_are_computed(operation):
+    class Unusual(TwoAttributes):
+        def training_step(self, x, batch_idx):
+            operation(x.detach())
+            return super().training_step(x, batch_idx)
+
+    with pytest.raises(MisconfigurationException, match="the loss uses teacher_head"):
+        fit(Unusual(), TeacherUpdateCallback())
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda module: setattr(module, "lazy", nn.LazyLinear(4)),
+        lambda module: module.register_parameter("wide", nn.Parameter(torch.ones(2, dtype=torch.complex128))),
+        lambda module: module.register_parameter("sparse", nn.Parameter(torch.eye(3).to_sparse())),
+        lambda module: module.register_parameter("counts", nn.Parameter(torch.ones(3).char(), requires_grad=False)),
+        lambda module: setattr(module, "none", nn.Identity()),
+    ],
+    ids=["lazy", "complex128", "sparse", "int8", "none"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_unusual_parameters(add):
+    class Extended(InDicts):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.student.parameters(), lr=0.01)
+
+    module = Extended()
+    add(module)
+    assert not fit(module, CollapseMonitorCallback(), TeacherUpdateCallback())
+    assert len(fit(module, CollapseMonitorCallback())) == 1
+
+
+def test_after_training_a_callback_does_not_hold_the_module():
+    module, callback = InDicts(), CollapseMonitorCallback()
+    fit(module, callback)
+    assert callback.teacher_check is None

@@ -280,7 +280,7 @@ def test_the_receipt_is_logged_and_saved(tmp_path, caplog):
         trainer(callback, save, enable_checkpointing=True).fit(tiny_dino(), view_loader())
     last = cosine_schedule(11, 0.5, 1.0, 12)
     assert callback.receipt == (
-        "seen to change: teacher at 5 of 5, loss.center at 6 of 6 checks, on 1 of 1 ranks, in 12 of "
+        "teacher seen to change at 5 of 5 looks, loss.center at 6 of 6, on 1 of 1 ranks, in 12 of "
         f"12 optimizer steps, last with momentum {last:.6g}; teacher parts left behind: none"
     )
     assert [record.getMessage() for record in caplog.records].count(callback.receipt) == 1

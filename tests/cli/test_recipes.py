@@ -59,7 +59,7 @@ def test_a_recipe_takes_a_step_at_reduced_width(recipe, photos, tmp_path):
         assert frozen.startswith("student.head.last_layer frozen for 1 optimizer steps, bitwise unchanged")
         assert f"on {len(ranks)} of {len(ranks)} ranks" in frozen
         # At the rate of 0 with which the warm-up begins, the teacher should not change.
-        assert followed.startswith("seen to change: teacher at 0 of 0, loss.center at 1 of 1 looks")
+        assert followed.startswith("teacher seen to change at 0 of 0 looks, loss.center at 1 of 1")
         assert all(torch.equal(value, rank["state"][name]) for name, value in ranks[0]["state"].items())
     assert len([*(tmp_path / "run" / "checkpoints").glob("*.ckpt")]) == 1
     assert (tmp_path / "run" / "summary.json").exists()

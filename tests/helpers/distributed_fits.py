@@ -325,3 +325,32 @@ def nan_on_one(folder: Path) -> dict[str, Any]:
     lazy = LazyOnOne(base_momentum=0.9)
     trainer(lazy, devices=2, strategy=ddp(), max_epochs=1).fit(seeded(), halves())
     return {**results, "receipt": lazy.receipt}
+
+
+class SkipsTheLoss(TinyDINO):
+    """One process does not call the loss in one batch; a frozen stem makes the callbacks follow a step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 1 and batch_idx == 3:
+            value = sum(parameter.sum() for parameter in self.student.parameters() if parameter.requires_grad)
+            loss = 0 * value
+        else:
+            loss = super().training_step(batch, batch_idx)
+        if not self.automatic_optimization:
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+        return loss
+
+
+def loss_skipped_on_one(folder: Path) -> list[str | None]:
+    """The receipts of runs under automatic and manual optimization."""
+    receipts = []
+    for automatic in (True, False):
+        module = seeded()
+        module.__class__, module.automatic_optimization = SkipsTheLoss, automatic
+        module.stem = nn.Linear(2, 2).requires_grad_(False)
+        rule = TeacherUpdateCallback(base_momentum=0.9, final_momentum=0.9)
+        trainer(CollapseMonitorCallback(), rule, devices=2, strategy=ddp(), max_epochs=1).fit(module, halves())
+        receipts.append(rule.receipt)
+    return receipts
