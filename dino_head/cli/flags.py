@@ -156,7 +156,7 @@ Options of a class:        dino-head fit --config digits --model.help dino_head.
 Copy a recipe:             dino-head fit --config digits --print_config > mine.yaml
 Resume a stopped run:      dino-head fit --resume --out DIR
 
-Ctrl-C, SIGTERM, SIGUSR1 and --max-time save a checkpoint, and stop with exit code 130, 143, 138 and 124.""",
+Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 and --max-time save a checkpoint and stop (exit code 130, 143, 138, 140, 124).""",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
