@@ -41,7 +41,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).parents[1]
 TEST_SECONDS = 180  # before the tests count as failed
 CAPTION = """\
-/ floor: time over that of the matrix products alone. GB/s: the bytes of the logits' passes that any method with
+/ floor: time relative to the matrix products alone. GB/s: the bytes of the logits' passes that any method with
 separate products needs, 2 T + 5 S times B x K values of bf16, over the time. (The teacher's logits are written and
 read; the student's are written, read, overwritten by their gradient, and read by two products.) Memory: peak above
 inputs, weights and their gradients (objective), above weights and the optimizer's state (step)."""

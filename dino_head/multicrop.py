@@ -25,7 +25,7 @@ def multicrop_forward(module: Callable[[Tensor], Tensor], views: Sequence[Tensor
         Outputs (V, B, D) in the order of the views.
 
     Raises:
-        ValueError: A single tensor or other values in place of a list of tensors, views with different numbers of
+        ValueError: A single tensor or other values instead of a list of tensors, views with different numbers of
             samples, or outputs of `module` that are not tensors with one row for each input, or differ in shape.
 
     >>> views = [torch.ones(4, 3, 16, 16), torch.ones(4, 3, 8, 8), torch.ones(4, 3, 16, 16)]

@@ -96,7 +96,7 @@ def matching_pairs(
     Args:
         pl_module: Module that contains both sides.
         teachers: Names of the parameters of teachers. A teacher module contains no others, and a student module none.
-        students: Names of parameters that are trained. A teacher whose student has none of them is left out.
+        students: Names of parameters that are trained. Teachers whose student has none of them are skipped.
         others: Names of further parameters that no student contains.
     """
     teachers, excluded = set(teachers), {*teachers, *others}

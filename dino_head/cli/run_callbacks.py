@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-TIME_IS_UP = 124  # exit code, that of the command `timeout`
+TIME_IS_UP = 124  # exit code, as of the command `timeout`
 
 
 class CheckpointOnInterrupt(Checkpoint):

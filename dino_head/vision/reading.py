@@ -119,7 +119,7 @@ def _range(values: NDArray[Any]) -> tuple[float, float]:
 
 
 def _tile(codec: str, extents: Any, offset: int, args: Any) -> Any:
-    """A tile, with both bytes of a PPM file in place of bytes that Pillow computes."""
+    """A tile, with both bytes of a PPM file instead of bytes that Pillow computes."""
     if (codec, args) == ("ppm", ("RGB", 65535)):
         codec, args = "raw", ("RGB;16B", 0, 1)
     return getattr(ImageFile, "_Tile", lambda *parts: parts)(codec, extents, offset, args)  # tuples before Pillow 11
