@@ -48,11 +48,10 @@ def without_compile(name: str) -> str:
     return name.replace("_orig_mod.", "")
 
 
-def address_of(parameter: Tensor, *, of_storage: bool = False) -> int:
-    """The address of a parameter's values, or of all memory that it is a view of; its id if it has none."""
+def address_of(parameter: Tensor) -> int:
+    """The address of the memory that a parameter is a view of; its id if it has none."""
     try:
-        value = local_part(parameter)
-        return int(value.untyped_storage()._cdata) if of_storage else value.data_ptr()
+        return int(local_part(parameter).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError, ValueError):  # of sparse or not yet initialized parameters
         return id(parameter)
 

@@ -13,7 +13,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import is_lazy
 
 from dino_head.callbacks._checks.flow import Flow
 from dino_head.callbacks._checks.layout import (
@@ -90,21 +89,21 @@ class TeacherCheck:
         if list(self._parameters) != names:  # modules were added or removed
             self._is_done = True
             return
-        just_now, changed, written = self._observe()
+        just_now, changed = self._observe()
         self._steps += bool(just_now & self._trained)
-        suspects = set(names) - self._trained - self._in_pairs - changed - written
+        suspects = set(names) - self._trained - self._in_pairs - changed
         if self._steps >= self.wait and not suspects:
             self._is_done, self.outcome = True, "none"
-        elif self._steps > self.wait and self._found_teachers() and not self._is_early(changed | written, is_last):
+        elif self._steps > self.wait and self._found_teachers() and not self._is_early(changed, is_last):
             self._is_done, self.outcome = True, "none"
             for teachers, students in self._sources.values():
-                self._judge(suspects, changed, written, teachers - students, students)
+                self._judge(suspects, changed, teachers - students, students)
 
     def _begin(self, trainer: Trainer) -> None:
         """Note the weights at the first batch, when all hooks that may set them have been called."""
         self._parameters = dict(self.pl_module.named_parameters())
         self._start = self._latest = fingerprint(list(self._parameters.values()))
-        self._identities = self._now_identities()
+        self._ids = {name: id(parameter) for name, parameter in self._parameters.items()}
         self._has_own_code = may_write([self.pl_module, *trainer.callbacks])  # type: ignore[attr-defined]
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         optimized = {id(parameter) for group in groups for parameter in group["params"]}
@@ -121,23 +120,22 @@ class TeacherCheck:
             if parameter.requires_grad and (not optimized or id(parameter) in optimized)
         }
 
-    def _observe(self) -> tuple[set[str], set[str], set[str]]:
-        """Names of the parameters that changed since the last look, or since the start, or were written to."""
+    def _observe(self) -> tuple[set[str], set[str]]:
+        """Names of the parameters that changed since the last look, and since the start; replaced ones changed."""
         now = fingerprint(list(self._parameters.values()))
-        identities = self._now_identities()
-        known = [[identities[name] != self._identities[name] for name in self._parameters]]
+        known = [[id(parameter) != self._ids[name] for name, parameter in self._parameters.items()]]
         if self._is_followed:
             known += [[name in side for name in self._parameters] for sides in self._sources.values() for side in sides]
         flags = torch.cat([now != self._latest, now != self._start, torch.tensor(known, device=now.device).flatten()])
         self._latest = now
         values = iter(read(flags, dist.ReduceOp.MAX))
-        just_now, changed, written, *sources = (
+        just_now, changed, replaced, *sources = (
             set(compress(self._parameters, islice(values, len(self._parameters)))) for _ in range(2 + len(known))
         )
         if self._is_followed:
             self._sources = dict(zip(self._losses, zip(sources[::2], sources[1::2], strict=True), strict=True))
             self._is_followed = False
-        return just_now, changed, written
+        return just_now, changed | replaced
 
     def _found_teachers(self) -> bool:
         return any(teachers - students for teachers, students in self._sources.values())
@@ -198,9 +196,7 @@ class TeacherCheck:
             for hook in hooks:
                 hook.remove()
 
-    def _judge(
-        self, suspects: set[str], changed: set[str], written: set[str], teachers: set[str], students: set[str]
-    ) -> None:
+    def _judge(self, suspects: set[str], changed: set[str], teachers: set[str], students: set[str]) -> None:
         """Compare a loss's teacher parameters that did not change with the student's that did."""
         stuck = suspects & teachers
         candidates = matching_pairs(self.pl_module, suspects - students, changed & self._trained, teachers)
@@ -212,7 +208,7 @@ class TeacherCheck:
         if not pairs:
             return
         ours, theirs = (", ".join(names) for names in zip(*pairs, strict=True))
-        if teachers & (self._in_pairs | changed | written):
+        if teachers & (self._in_pairs | changed):
             self.outcome = theirs
             raise MisconfigurationException(
                 f"the teacher is only partly updated: the loss uses {theirs}, which did not change in the {self.wait} "
@@ -241,19 +237,8 @@ class TeacherCheck:
         ]
         return bool(changes) and any(read(torch.stack(changes), dist.ReduceOp.MAX))
 
-    def _now_identities(self) -> dict[str, tuple[int, ...]]:
-        """Values that differ after a write to a parameter, even of equal values, as by an average of equal networks."""
-        return {
-            name: (id(parameter), _version_of(parameter), address_of(parameter))
-            for name, parameter in self._parameters.items()
-        }
-
     def _shares_memory(self) -> bool:
         """Whether parameters are shards, or views of a flat parameter, and cannot be told apart."""
         distinct = {id(parameter): parameter for parameter in self._parameters.values()}.values()
-        addresses = {address_of(parameter, of_storage=True) for parameter in distinct}
+        addresses = {address_of(parameter) for parameter in distinct}
         return len(addresses) < len(distinct) or any(isinstance(parameter, DTensor) for parameter in distinct)
-
-
-def _version_of(parameter: nn.Parameter) -> int:
-    return -1 if is_lazy(parameter) or parameter.is_inference() else parameter._version
