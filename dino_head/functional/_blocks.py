@@ -7,6 +7,7 @@ Sizes: B samples, of which b are in a block, T teacher views, S student views, K
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -206,10 +207,17 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def _scaled(kept: Tensor | None, grad: Tensor, dtype: torch.dtype) -> Tensor | None:
     if kept is None:
         return None
-    gradient = (kept * grad).to(dtype)
+    gradient = (kept * grad if _keeps_graph() else kept.mul_(grad)).to(dtype)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # in a backward with create_graph=True
         gradient = _NotDifferentiable.apply(gradient, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
     return gradient
+
+
+def _keeps_graph() -> bool:
+    """Whether a later backward may need the kept gradients again, which then must not be overwritten."""
+    # The function is private and may disappear; without it, each backward allocates memory of the gradients' size.
+    keeps: Callable[[], bool] = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return torch.compiler.is_compiling() or keeps()
 
 
 class _NotDifferentiable(torch.autograd.Function):
