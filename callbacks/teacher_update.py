@@ -265,9 +265,9 @@ class TeacherUpdateCallback(AfterScheduledStep):
     def _check_equal_weights(self) -> None:
         if any(read((fingerprint(self._students) != fingerprint(self._teachers)).any()[None])):
             raise MisconfigurationException(
-                f"the run starts with a teacher that differs from the student ({self.pairs}), but DINO starts with two "
-                "equal networks: teacher = copy.deepcopy(student). If both were trained elsewhere, allow it with "
-                "TeacherUpdateCallback(allow_different_weights=True)"
+                f"the run starts with a teacher that differs from the student {self.pairs}, but DINO starts with two "
+                "equal networks: teacher = copy.deepcopy(student). If both were trained elsewhere, add "
+                "allow_different_weights=True to the callback's arguments"
             )
 
     def _check_other_callbacks(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -358,7 +358,8 @@ def _check_pair(which: str, student: Tensor, teacher: Tensor) -> None:
         )
     if teacher.requires_grad:
         raise MisconfigurationException(
-            f"{which} requires a gradient in the teacher, which only follows: teacher.requires_grad_(False)"
+            f"{which} requires a gradient in the teacher, which only follows: call requires_grad_(False) on "
+            "the teacher, or write the pair as (student, teacher)"
         )
     is_sharded = isinstance(student, DTensor), isinstance(teacher, DTensor)
     if is_sharded[0] != is_sharded[1] or local_part(student).shape != local_part(teacher).shape:

@@ -30,10 +30,11 @@ def find_submodule(pl_module: LightningModule, name: str, argument: str) -> nn.M
         frozen = {name for name, parameter in pl_module.named_parameters() if not parameter.requires_grad}
         trained = {name for name, _ in pl_module.named_parameters()} - frozen
         pairs = matching_pairs(pl_module, frozen, trained)
-        proposal = f", here {as_arguments(pl_module, pairs)}" if pairs else ""
+        remedy = f"set a name as named_modules() lists it, with {argument}"
+        if argument == PAIRS and pairs:
+            remedy = f"use {as_code(pairs)}.{settings_for(pl_module, pairs)}"
         raise MisconfigurationException(
-            f"{type(pl_module).__name__} has no submodule {name!r} ({error}); it has {children}: set names as "
-            f"named_modules() lists them, with {argument}{proposal}"
+            f"{type(pl_module).__name__} has no submodule {name!r} ({error}); it has {children}: {remedy}"
         ) from None
 
 
@@ -135,14 +136,18 @@ def _are_alike(student: str, teacher: str) -> bool:
     return any([*long[:index], *long[index + 1 :]] == short for index in range(len(long)))
 
 
-def as_arguments(pl_module: nn.Module, pairs: Pairs) -> str:
-    """The arguments of our callbacks for these pairs, as code."""
+def as_code(pairs: Pairs) -> str:
+    """TeacherUpdateCallback for these pairs, as code."""
     written = ", ".join(f'("{student}", "{teacher}")' for student, teacher in pairs)
-    arguments = f"TeacherUpdateCallback({'' if tuple(pairs) == DEFAULT else f'pairs=({written},)'})"
+    return f"TeacherUpdateCallback({'' if tuple(pairs) == DEFAULT else f'pairs=({written},)'})"
+
+
+def settings_for(pl_module: nn.Module, pairs: Pairs) -> str:
+    """A sentence about the settings of probe and report for these pairs, if their default is another."""
     backbone = next((name for _, teacher in pairs if (name := _without_head(pl_module, teacher))), None)
-    if backbone not in (None, "teacher.backbone"):
-        arguments += f', KNNProbeCallback(module="{backbone}"), ReportCallback(module="{backbone}")'
-    return arguments
+    if backbone in (None, "teacher.backbone"):
+        return ""
+    return f' KNNProbeCallback and ReportCallback, if you use them, then need module="{backbone}".'
 
 
 def _without_head(pl_module: nn.Module, teacher: str) -> str | None:

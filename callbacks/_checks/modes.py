@@ -27,9 +27,10 @@ def check_modes(pl_module: LightningModule, pairs: Pairs) -> list[str]:
         if isinstance(loss, DINOLoss) and loss.center is not None and loss.center_momentum < 1 and not loss.training
     ]
     if still:
+        call = f"{still[0]}.train()" if pl_module.training else "model.train()"
         raise MisconfigurationException(
             f"{_listed(still)} {'is' if len(still) == 1 else 'are'} in evaluation mode, in which the center is never "
-            f"updated. Lightning keeps the mode that a module has before fit: call model.train(), or {still[0]}.train()"
+            f"updated. Lightning keeps the modes of modules: call {call} before fit"
         )
     warnings = []
     for student, teacher in pairs:
@@ -82,7 +83,8 @@ def _check_teacher(pl_module: LightningModule, student: str, teacher: str) -> li
     if noisy:
         remedy = f"Call {teacher}.eval(), as the authors of DINOv2 do"
         if norms:
-            remedy = "Call eval() only on these modules, because the teacher's batch norm has to stay in training mode"
+            first = f'self.get_submodule("{f"{teacher}.{noisy[0]}".rstrip(".")}")'
+            remedy = f"Call {first}.eval() and so on, only on these, as its batch norm has to stay in training mode"
         warnings.append(
             f"the teacher acts randomly ({_listed(f'{teacher}.{name}'.rstrip('.') for name in noisy)} in training "
             f"mode: drop path, dropout or random positions), which makes its targets noisy. {remedy}"

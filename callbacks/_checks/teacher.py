@@ -19,12 +19,13 @@ from dino_head.callbacks._checks.layout import (
     PAIRS,
     Pairs,
     address_of,
-    as_arguments,
+    as_code,
     find_submodule,
     fingerprint,
     local_part,
     matching_pairs,
     read,
+    settings_for,
     without_compile,
 )
 from dino_head.callbacks._checks.own_code import may_write
@@ -213,15 +214,16 @@ class TeacherCheck:
             raise MisconfigurationException(
                 f"the teacher is only partly updated: the loss uses {theirs}, which did not change in the {self.wait} "
                 f"optimizer steps after {ours} first changed and {'is' if len(pairs) == 1 else 'are'} in no pair. Name "
-                f"all parts: {as_arguments(self.pl_module, [*self.pairs, *pairs])}"
+                f"all parts: {as_code([*self.pairs, *pairs])}.{settings_for(self.pl_module, [*self.pairs, *pairs])}"
             )
         covered = {name for name in stuck for _, teacher in pairs if name.startswith(f"{teacher}.")}
         if covered == stuck:  # otherwise the teacher is another architecture
             self.outcome, self.has_warned = theirs, True
             rank_zero_warn(
                 f"teacher does not follow: {theirs} did not change in the {self.wait} optimizer steps after {ours} "
-                f"first changed. Add {as_arguments(self.pl_module, pairs)} to the Trainer's callbacks, for a fixed "
-                "teacher with base_momentum=1. (If your own code updates it less often, ignore this.)"
+                f"first changed. Add {as_code(pairs)} to the Trainer's callbacks, for a fixed teacher with "
+                f"base_momentum=1.{settings_for(self.pl_module, pairs)} (If your own code updates it less often, "
+                "ignore this.)"
             )
 
     def _should_have_changed(self, student: str, teacher: str) -> bool:

@@ -66,7 +66,7 @@ def test_a_loss_with_a_center_in_evaluation_mode_raises(callback):
     made = module()
     made.eval()
     with pytest.raises(
-        MisconfigurationException, match=r"loss is in evaluation mode, .*center is never updated.*loss.train"
+        MisconfigurationException, match=r"loss is in evaluation mode, .*center is never updated.*call model.train"
     ):
         fit(made, callback())
 
@@ -168,7 +168,7 @@ def test_a_teacher_that_acts_randomly_is_named_with_the_remedy(norms):
     made = module(DropPath(0.1), *([BatchNorm(8)] if norms else []))
     (text,) = fit(made)
     assert text.startswith("the teacher acts randomly (teacher.backbone.3 in training mode")
-    assert ("Call eval() only on these modules" if norms else "Call teacher.eval()") in text
+    assert ('Call self.get_submodule("teacher.backbone.3").eval()' if norms else "Call teacher.eval()") in text
 
 
 def test_random_positions_act_randomly():
