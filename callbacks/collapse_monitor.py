@@ -18,7 +18,7 @@ from dino_head.callbacks._checks import Checked
 from dino_head.callbacks.teacher_update import TeacherUpdateCallback
 from dino_head.diagnosis import COLLAPSES, diagnose
 from dino_head.functional._outputs import as_outputs
-from dino_head.losses import DINOLoss
+from dino_head.losses import DINOLoss, has_processes
 from dino_head.metrics import DINOStatistics, RankMe
 from dino_head.metrics.rankme import effective_rank
 from dino_head.metrics.statistics import statistics_of
@@ -250,7 +250,7 @@ class Measurement:
         assert self.rank is not None
         sums = {**self.statistics.sums(), "products": self.rank.products, "embeddings": self.rank.samples}
         together = torch.cat([value.flatten() for value in sums.values()])
-        if dist.is_available() and dist.is_initialized():
+        if has_processes():
             dist.all_reduce(together)
         parts = together.cpu().split([value.numel() for value in sums.values()])
         return {name: part.view_as(sums[name]) for name, part in zip(sums, parts, strict=True)}

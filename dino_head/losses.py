@@ -156,7 +156,7 @@ class DINOLoss(nn.Module):
             return
         check_number("center_momentum", self.center_momentum, 0, 1)  # it may be scheduled
         collected, self._collected = self._collected, None
-        if _has_processes():
+        if has_processes():
             if collected is None:  # the other processes may have some
                 collected = self.center.new_zeros(self.output_dim + 1)
             dist.all_reduce(collected)
@@ -207,13 +207,14 @@ class DINOLoss(nn.Module):
         )
 
 
-def _has_processes() -> bool:
+def has_processes() -> bool:
+    """Whether there are other processes, whose values have to be included."""
     return dist.is_available() and dist.is_initialized()
 
 
 def _logsumexp_of_processes(log_sums: Tensor) -> Tensor:
     """(K,) of each process -> (K,), the same for all."""
-    if not _has_processes():
+    if not has_processes():
         return log_sums
     peaks = log_sums.clone()
     dist.all_reduce(peaks, dist.ReduceOp.MAX)

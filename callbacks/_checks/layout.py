@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 
 from dino_head.head import DINOProjectionHead
+from dino_head.losses import has_processes
 
 PAIRS = 'pairs=(("student", "teacher"),)'  # the argument, as errors show it
 DEFAULT = (("student", "teacher"),)
@@ -80,7 +81,7 @@ def _sum_of_bits(tensor: Tensor) -> Tensor:
 def read(values: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> list[float]:
     """Reduce small values (N,) over all processes on the device, and copy them to the host, once."""
     values = values.to(torch.float32)
-    if dist.is_available() and dist.is_initialized():
+    if has_processes():
         dist.all_reduce(values, op)
     found: list[float] = values.tolist()
     return found

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from dino_head.functional._outputs import as_outputs
-from dino_head.losses import DINOLoss
+from dino_head.losses import DINOLoss, has_processes
 
 
 class GuardedLosses:
@@ -80,7 +80,7 @@ class GuardedLosses:
         All processes have to call it, as they do before backward.
         """
         sums, self.sums = self.sums, None
-        if _has_processes():
+        if has_processes():
             sums = torch.zeros(5, device=self.pl_module.device) if sums is None else sums
             dist.all_reduce(sums)
         if sums is not None:
@@ -124,10 +124,6 @@ class GuardedLosses:
     def _weights_are_finite(self, modules: tuple[str, ...]) -> bool:
         parameters = [p for name in modules for p in self.pl_module.get_submodule(name).parameters()]
         return all(bool(parameter.isfinite().all()) for parameter in parameters)
-
-
-def _has_processes() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 class _HostCopy:
