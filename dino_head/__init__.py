@@ -5,9 +5,9 @@
 """
 
 from dino_head.diagnosis import diagnose
-from dino_head.functional import dino_loss
+from dino_head.functional import dino_loss, ibot_patch_loss
 from dino_head.head import DINOProjectionHead, ProjectionHead
-from dino_head.losses import DINOLoss
+from dino_head.losses import DINOLoss, IBOTPatchLoss
 from dino_head.multicrop import multicrop_forward
 from dino_head.optim import parameter_groups
 from dino_head.prototypes import FactoredLogits
@@ -20,11 +20,13 @@ __all__ = [
     "DINOLoss",
     "DINOProjectionHead",
     "FactoredLogits",
+    "IBOTPatchLoss",
     "ProjectionHead",
     "cosine_schedule",
     "derived_seed",
     "diagnose",
     "dino_loss",
+    "ibot_patch_loss",
     "multicrop_forward",
     "parameter_groups",
 ]

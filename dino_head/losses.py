@@ -1,6 +1,7 @@
-"""The DINO objective as a module that keeps the center.
+"""The objectives as modules that keep a center.
 
-Sizes: B samples, T teacher views, S student views, K prototypes.
+Sizes: B samples, T teacher views, S student views, V views of all images, N patches of a view, M masked patches,
+K prototypes.
 """
 
 from collections.abc import Callable
@@ -9,32 +10,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dino_head._arguments import check_integer, check_number
 from dino_head._keys import add_remedy
-from dino_head.functional import dino_loss, sinkhorn_center
-from dino_head.functional._outputs import Logits, Outputs, as_outputs
+from dino_head.functional import dino_loss, ibot_patch_loss, sinkhorn_center
+from dino_head.functional._outputs import Logits, Outputs, as_outputs, as_token_outputs
+from dino_head.functional.ibot import Tokens, patch_weights
 from dino_head.schedules import teacher_temperature
 
 
-class DINOLoss(nn.Module):
-    """Cross-entropy between teacher and student views with a centered teacher (arXiv:2104.14294, equations 3 and 4).
+class CenteredLoss(nn.Module):
+    """Base class of the objectives: the teacher's centering and its temperature.
 
-        loss = mean over t != s and the batch of  H(softmax((teacher_t - c) / tau_t), softmax(student_s / tau_s))
+    In training mode each call of `forward` updates the center `c` after computing the loss, with the mean of the
+    teacher's logits over the rows (samples of all views, or masked patches) of all processes:
+
         c <- m c + (1 - m) mean of the teacher's logits
 
-    Both sides are logits, or both are `FactoredLogits`, which give the same loss and gradients without materialising
-    the logits.
-
-    In training mode each call updates the center `c` after computing the loss, with the mean over the samples of all
-    processes; in evaluation mode the center stays unchanged. It is float32 whatever the model's precision, and part
-    of the state dict. With `defer_center_update = True` a call only adds its logits to a sum, and
-    `apply_center_update()` updates the center with everything added since the last update: once per optimizer step
-    under gradient accumulation.
+    In evaluation mode the center stays unchanged. It is float32 whatever the model's precision, and part of the state
+    dict. With `defer_center_update = True` a call only adds its logits to a sum, and `apply_center_update()` updates
+    the center with everything added since the last update: once per optimizer step under gradient accumulation.
 
     `centering="sinkhorn"` has no center. It spreads each batch evenly over the prototypes (`sinkhorn_center`), across
-    the samples of all processes, so every process has to call the loss, also in evaluation mode.
+    the rows of all processes, so every process has to call the loss, also in evaluation mode.
 
     Args:
         output_dim: Number K of prototypes.
@@ -47,10 +45,6 @@ class DINOLoss(nn.Module):
 
     Raises:
         ValueError: A size, temperature or momentum is out of range, or `centering` is unknown.
-
-    >>> loss = DINOLoss(output_dim=16)
-    >>> loss(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16), epoch=0)  # uniform on both sides: ln 16
-    tensor(2.7726)
     """
 
     center: Tensor | None  # (1, 1, K); None: sinkhorn
@@ -93,37 +87,6 @@ class DINOLoss(nn.Module):
         # because DDP would overwrite it with the one of the first process.
         self._collected: Tensor | None = None
 
-    def forward(
-        self, teacher_out: Logits, student_out: Logits, epoch: int | None = None, *, teacher_temp: float | None = None
-    ) -> Tensor:
-        """Outputs of the teacher (T, B, K) and the student (S, B, K) -> loss in nats, a scalar.
-
-        Args:
-            teacher_out: Logits of the T teacher views, a list of them, or FactoredLogits with z (T, B, D); they get no
-                gradient.
-            student_out: Outputs of the same kind of the S student views, the teacher's first, in the same order.
-            epoch: Current epoch, which sets the teacher's temperature; None for the final temperature.
-            teacher_temp: Temperature of the teacher that overrides `epoch`, for a schedule by step.
-
-        Raises:
-            ValueError: Kinds, shapes or types that do not match, no pair of different views, or a temperature <= 0.
-        """
-        if teacher_temp is None:
-            teacher_temp = self.temperature(epoch)
-        teacher = as_outputs(teacher_out)
-        if teacher.output_dim != self.output_dim:
-            raise ValueError(
-                f"the loss was made for {self.output_dim} prototypes (output_dim), got a teacher with "
-                f"{teacher.output_dim}: give loss and head the same output_dim"
-            )
-        center = self.center_for(teacher, teacher_temp)
-        loss = dino_loss(teacher, student_out, center=center, teacher_temp=teacher_temp, student_temp=self.student_temp)
-        if self.training:
-            self._collect(teacher)
-            if not self.defer_center_update:
-                self.apply_center_update()
-        return loss
-
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the center to 0, for a loss that was made on the meta device."""
@@ -165,13 +128,29 @@ class DINOLoss(nn.Module):
             mean = torch.where(count > 0, sums / count, self.center)  # without waiting for the device
             self.center.lerp_(mean, 1 - self.center_momentum)
 
-    @torch.no_grad()
-    def _collect(self, teacher: Outputs) -> None:
-        if self.center is not None:
-            sums = F.pad(teacher.sum_of_logits(), (0, 1), value=teacher.views * teacher.samples)
-            self._collected = sums if self._collected is None else self._collected + sums
+    def _prepare(self, teacher: Outputs, epoch: int | None, teacher_temp: float | None) -> tuple[Tensor, float]:
+        """Center and temperature for the teacher's outputs of a call."""
+        if teacher_temp is None:
+            teacher_temp = self.temperature(epoch)
+        if teacher.output_dim != self.output_dim:
+            raise ValueError(
+                f"the loss was made for {self.output_dim} prototypes (output_dim), got a teacher with "
+                f"{teacher.output_dim}: give loss and head the same output_dim"
+            )
+        return self.center_for(teacher, teacher_temp), teacher_temp
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DINOLoss":
+    @torch.no_grad()
+    def _after_call(self, teacher: Outputs) -> None:
+        """Collect the teacher's logits of a call, and update the center unless this is deferred."""
+        if not self.training or self.center is None:
+            return
+        sums = teacher.sum_of_logits()
+        sums = torch.cat([sums, sums.new_full((1,), teacher.views * teacher.samples)])
+        self._collected = sums if self._collected is None else self._collected + sums
+        if not self.defer_center_update:
+            self.apply_center_update()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CenteredLoss":
         # `.half()` and similar calls move the center to the module's device but keep it in float32.
         before = self.center
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -189,22 +168,136 @@ class DINOLoss(nn.Module):
                 state_dict[key] = center.float().reshape(1, 1, -1)
             else:
                 error_msgs.append(
-                    f"{key} has {center.numel()} prototypes, but this DINOLoss has output_dim={self.output_dim}: set "
-                    "the output_dim of the head whose weights are loaded"
+                    f"{key} has {center.numel()} prototypes, but this {type(self).__name__} has "
+                    f"output_dim={self.output_dim}: set the output_dim of the head whose weights are loaded"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        name = type(self).__name__
+        without = "strict=False (of a LightningModule, strict_loading = False)"
         add_remedy(
             missing_keys,
             key,
-            'the state dict is from a loss without a center, set DINOLoss(centering="sinkhorn"), or start with a '
-            "center of 0 by strict=False (of a LightningModule, strict_loading = False)",
+            f'the state dict is from a loss without a center, set {name}(centering="sinkhorn"), or start with a center '
+            f"of 0 by {without}",
         )
         add_remedy(
             unexpected_keys,
             key,
-            'the state dict is from a loss with a center, set DINOLoss(centering="mean"), or drop the center by '
-            "strict=False (of a LightningModule, strict_loading = False)",
+            f'the state dict is from a loss with a center, set {name}(centering="mean"), or drop the center by '
+            f"{without}",
         )
+
+
+class DINOLoss(CenteredLoss):
+    """Cross-entropy between teacher and student views with a centered teacher (arXiv:2104.14294, equations 3 and 4).
+
+        loss = mean over t != s and the batch of  H(softmax((teacher_t - c) / tau_t), softmax(student_s / tau_s))
+
+    Both sides are logits, or both are `FactoredLogits`, which give the same loss and gradients without materialising
+    the logits. `CenteredLoss` describes the center `c`.
+
+    Args:
+        output_dim: Number K of prototypes.
+        warmup_teacher_temp: Temperature of the teacher in epoch 0, > 0.
+        teacher_temp: Temperature of the teacher after the warm-up, > 0.
+        warmup_teacher_temp_epochs: Length of the linear warm-up in epochs, see `teacher_temperature`.
+        student_temp: Temperature of the student, > 0.
+        center_momentum: Share m of the old center in the new one, in [0, 1].
+        centering: Centering of the teacher, "mean" or "sinkhorn" (3 iterations; DINOv2, arXiv:2304.07193).
+
+    Raises:
+        ValueError: A size, temperature or momentum is out of range, or `centering` is unknown.
+
+    >>> loss = DINOLoss(output_dim=16)
+    >>> loss(torch.zeros(2, 3, 16), torch.zeros(4, 3, 16), epoch=0)  # uniform on both sides: ln 16
+    tensor(2.7726)
+    """
+
+    def forward(
+        self, teacher_out: Logits, student_out: Logits, epoch: int | None = None, *, teacher_temp: float | None = None
+    ) -> Tensor:
+        """Outputs of the teacher (T, B, K) and the student (S, B, K) -> loss in nats, a scalar.
+
+        Args:
+            teacher_out: Logits of the T teacher views, a list of them, or FactoredLogits with z (T, B, D); they get no
+                gradient.
+            student_out: Outputs of the same kind of the S student views, the teacher's first, in the same order.
+            epoch: Current epoch, which sets the teacher's temperature; None for the final temperature.
+            teacher_temp: Temperature of the teacher that overrides `epoch`, for a schedule by step.
+
+        Raises:
+            ValueError: Kinds, shapes or types that do not match, no pair of different views, or a temperature <= 0.
+        """
+        teacher = as_outputs(teacher_out)
+        center, temp = self._prepare(teacher, epoch, teacher_temp)
+        loss = dino_loss(teacher, student_out, center=center, teacher_temp=temp, student_temp=self.student_temp)
+        self._after_call(teacher)
+        return loss
+
+
+class IBOTPatchLoss(CenteredLoss):
+    """Cross-entropy between teacher and student on masked patches (iBOT, arXiv:2111.07832; DINOv2, arXiv:2304.07193).
+
+        loss = 1 / V  sum over the masked patches n of  H(p_n, q_n) / m,   m: number of masked patches of n's view
+
+    with p and q as in `DINOLoss`. The V views include those without a mask, so masking half of them halves the loss, as
+    in the authors' code. The center is the mean over the masked patches of all processes, weighted by their number
+    (the authors average the means of the processes). A process without a masked patch contributes 0.
+
+    Only the masked patches go through the patch heads of both sides:
+
+        indices = masks.flatten().nonzero().squeeze(1).to(tokens.device, non_blocking=True)   # masks (V, N), on the CPU
+        masked = tokens.flatten(0, 1).index_select(0, indices)                                # (V, N, D) -> (M, D)
+
+    Args:
+        output_dim: Number K of prototypes.
+        warmup_teacher_temp: Temperature of the teacher in epoch 0, > 0.
+        teacher_temp: Temperature of the teacher after the warm-up, > 0.
+        warmup_teacher_temp_epochs: Length of the linear warm-up in epochs, see `teacher_temperature`.
+        student_temp: Temperature of the student, > 0.
+        center_momentum: Share m of the old center in the new one, in [0, 1].
+        centering: Centering of the teacher, "mean" or "sinkhorn" (3 iterations; DINOv2, arXiv:2304.07193).
+
+    Raises:
+        ValueError: A size, temperature or momentum is out of range, or `centering` is unknown.
+
+    >>> loss = IBOTPatchLoss(output_dim=16)
+    >>> masks = torch.tensor([[True, True, False, False], [True, False, False, False]])
+    >>> loss(torch.zeros(3, 16), torch.zeros(3, 16), masks, epoch=0)  # uniform on both sides: ln 16
+    tensor(2.7726)
+    """
+
+    def forward(
+        self,
+        teacher_out: Tokens,
+        student_out: Tokens,
+        masks: Tensor,
+        epoch: int | None = None,
+        *,
+        teacher_temp: float | None = None,
+    ) -> Tensor:
+        """Outputs of both sides for the M masked patches -> loss in nats, a scalar.
+
+        Args:
+            teacher_out: Logits (M, K), or FactoredLogits with z (M, D), in the order of patches[masks]; they get no
+                gradient. M may be 0, which gives a loss of 0 and gradients of 0.
+            student_out: Outputs of the same kind, in the same order.
+            masks: Boolean masks (V, N) or (V, *grid) of all V views, True where masked, on the CPU. On another device,
+                each call waits for the device.
+            epoch: Current epoch, which sets the teacher's temperature; None for the final temperature.
+            teacher_temp: Temperature of the teacher that overrides `epoch`, for a schedule by step.
+
+        Raises:
+            ValueError: Kinds, shapes or types that do not match, a view without a visible patch, or a temperature <= 0.
+        """
+        teacher = as_token_outputs(teacher_out)
+        weights = patch_weights(masks, teacher.samples).to(teacher.rows.device, non_blocking=True)
+        center, temp = self._prepare(teacher, epoch, teacher_temp)
+        loss = ibot_patch_loss(
+            teacher, student_out, weights, center=center, teacher_temp=temp, student_temp=self.student_temp
+        )
+        self._after_call(teacher)
+        return loss
 
 
 def has_processes() -> bool:

@@ -78,7 +78,6 @@ class Outputs(NamedTuple):
             return rows.to(torch.promote_types(rows.dtype, torch.float32))
         return F.linear(rows.float(), self.prototypes.float())
 
-    @torch.no_grad()
     def sum_of_logits(self) -> Tensor:
         """Sum of the logits over views and samples, (K,) in float32; unit vectors are summed before the product."""
         rows = self.rows.sum(dim=(0, 1), dtype=torch.float32)
@@ -93,7 +92,7 @@ POOL_FIRST = (
     f"pool the backbone's outputs before the head, tokens (B, N, D) with {TOKENS} and maps (B, D, H, W) with {MAPS}"
 )
 
-# Types that public functions and modules accept; internally, only `Outputs` is used.
+# Types that public functions and modules accept for views; internally, only `Outputs` is used.
 Logits = Tensor | Sequence[Tensor] | FactoredLogits | Outputs
 
 
@@ -105,13 +104,7 @@ def as_outputs(out: Logits) -> Outputs:
     """
     if isinstance(out, Outputs):
         return out
-    if isinstance(out, FactoredLogits):
-        if not all(isinstance(tensor, Tensor) for tensor in out):
-            kinds = [type(tensor).__name__ for tensor in out]
-            raise ValueError(f"FactoredLogits expects tensors z and prototypes, got {kinds}: use head.factored_logits")
-        outputs = Outputs(*out)
-    else:
-        outputs = Outputs(_stack(out))
+    outputs = _from_factors(out) if isinstance(out, FactoredLogits) else Outputs(_stack(out))
     kind = "logits (V, B, K)" if outputs.prototypes is None else "z (V, B, D)"
     shape = tuple(outputs.rows.shape)
     if len(shape) > 3:
@@ -123,41 +116,87 @@ def as_outputs(out: Logits) -> Outputs:
         )
     if 0 in shape:
         raise ValueError(f"the loss needs at least one sample, got {kind} of shape {shape}: skip empty batches")
-    if outputs.prototypes is not None and (outputs.prototypes.dim() != 2 or outputs.prototypes.shape[1] != shape[2]):
-        raise ValueError(
-            f"FactoredLogits expects z (V, B, D) and prototypes (K, D) of the same D, got {shape} and "
-            f"{tuple(outputs.prototypes.shape)}: take both from head.factored_logits"
-        )
-    for tensor in outputs.tensors:
-        if not tensor.is_floating_point():
-            raise ValueError(f"the loss expects floating-point logits, got {tensor.dtype}: convert with .float()")
+    _check_tensors(outputs)
     return outputs
+
+
+def as_token_outputs(out: Tensor | FactoredLogits | Outputs) -> Outputs:
+    """Check the outputs of the masked tokens of one side and convert them to `Outputs` of one view with M samples.
+
+    Raises:
+        ValueError: Other outputs than logits (M, K) or FactoredLogits with z (M, D); M may be 0.
+    """
+    if isinstance(out, Outputs):
+        return out
+    if not isinstance(out, (Tensor, FactoredLogits)):
+        raise ValueError(
+            f"the loss of masked tokens expects logits (M, K) or one FactoredLogits with z (M, D), got a "
+            f"{type(out).__name__}: pass the patch head's output for the masked tokens of all views"
+        )
+    outputs = _from_factors(out) if isinstance(out, FactoredLogits) else Outputs(out)
+    kind = "logits (M, K)" if outputs.prototypes is None else "z (M, D)"
+    shape = tuple(outputs.rows.shape)
+    if len(shape) != 2:
+        raise ValueError(
+            f"the loss of masked tokens expects {kind} of the M masked tokens alone, got {shape}: pick the tokens "
+            "before the head, with tokens.flatten(0, 1).index_select(0, masks.flatten().nonzero().squeeze(1))"
+        )
+    _check_tensors(outputs)
+    return Outputs(outputs.rows[None], outputs.prototypes)
 
 
 def check_sides(teacher: Outputs, student: Outputs) -> None:
     """Raise ValueError unless the outputs of both sides match."""
-    sizes = [(side.views, side.samples, side.output_dim) for side in (teacher, student)]
-    given = f"got teacher {sizes[0]} and student {sizes[1]} as (views, B, K)"
     if len(teacher.tensors) != len(student.tensors):
         kinds = ["logits" if side.prototypes is None else "FactoredLogits" for side in (teacher, student)]
         raise ValueError(
             f"teacher and student must both be logits or both FactoredLogits, got {kinds[0]} and {kinds[1]}: call "
             "head.factored_logits on both sides, or the head itself"
         )
-    if sizes[0][1:] != sizes[1][1:]:
-        raise ValueError(f"teacher and student must have the same B and K, {given}")
-    if teacher.views > student.views:
-        raise ValueError(
-            f"the student must see the teacher's views first and at least as many of them, {given}: pass views in the "
-            "order global, local on both sides"
-        )
-    if teacher.views == student.views == 1:
-        raise ValueError(f"one view on each side leaves no pair of different views, {given}: add a view")
+    if (teacher.samples, teacher.output_dim) != (student.samples, student.output_dim):
+        raise ValueError(f"teacher and student must have the same B and K, {_given(teacher, student)}")
     if torch.is_grad_enabled() and teacher.requires_grad and not student.requires_grad:
         raise ValueError(
             "teacher_out requires a gradient and student_out does not, so that nothing would be trained: pass the "
             "teacher's outputs first, and compute them under torch.no_grad()"
         )
+
+
+def check_views(teacher: Outputs, student: Outputs) -> None:
+    """Raise ValueError unless there is a pair of different views, and the student has all of the teacher's."""
+    if teacher.views > student.views:
+        raise ValueError(
+            f"the student must see the teacher's views first and at least as many of them, {_given(teacher, student)}: "
+            "pass views in the order global, local on both sides"
+        )
+    if teacher.views == student.views == 1:
+        raise ValueError(
+            f"one view on each side leaves no pair of different views, {_given(teacher, student)}: add a view"
+        )
+
+
+def _given(teacher: Outputs, student: Outputs) -> str:
+    sizes = [(side.views, side.samples, side.output_dim) for side in (teacher, student)]
+    return f"got teacher {sizes[0]} and student {sizes[1]} as (views, B, K)"
+
+
+def _from_factors(out: FactoredLogits) -> Outputs:
+    if not all(isinstance(tensor, Tensor) for tensor in out):
+        kinds = [type(tensor).__name__ for tensor in out]
+        raise ValueError(f"FactoredLogits expects tensors z and prototypes, got {kinds}: use head.factored_logits")
+    return Outputs(*out)
+
+
+def _check_tensors(outputs: Outputs) -> None:
+    width, prototypes = outputs.rows.shape[-1], outputs.prototypes
+    if prototypes is not None and (prototypes.dim() != 2 or prototypes.shape[1] != width):
+        raise ValueError(
+            f"FactoredLogits expects z (..., D) and prototypes (K, D) of the same D, got {tuple(outputs.rows.shape)} "
+            f"and {tuple(prototypes.shape)}: take both from head.factored_logits"
+        )
+    for tensor in outputs.tensors:
+        if not tensor.is_floating_point():
+            raise ValueError(f"the loss expects floating-point logits, got {tensor.dtype}: convert with .float()")
 
 
 def flat_center(center: Tensor | float, output_dim: int) -> Tensor | float:

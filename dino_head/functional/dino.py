@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from dino_head._arguments import check_integer, check_number
-from dino_head.functional._blocks import BLOCK_BYTES, FactoredObjective, LogitsObjective
-from dino_head.functional._outputs import Logits, as_outputs, check_sides, flat_center
+from dino_head.functional._blocks import objective
+from dino_head.functional._outputs import Logits, as_outputs, check_sides, check_views, flat_center
+from dino_head.functional._workspace import BLOCK_BYTES
 
 
 def dino_loss(
@@ -61,19 +62,15 @@ def dino_loss(
     check_integer("block_bytes", block_bytes, 1)
     teacher, student = as_outputs(teacher_out), as_outputs(student_out)
     check_sides(teacher, student)
-    teacher = teacher.detach()
-    if not torch.is_grad_enabled():
-        student = student.detach()
-    center = flat_center(center, teacher.output_dim)
-    temperatures, dtype = (float(teacher_temp), float(student_temp)), student.product_dtype
-    with torch.autocast(student.rows.device.type, enabled=False):
-        if student.prototypes is None:
-            loss: Tensor = LogitsObjective.apply(teacher.rows, student.rows, center, *temperatures)  # type: ignore[no-untyped-call]
-        else:
-            loss = FactoredObjective.apply(  # type: ignore[no-untyped-call]
-                *teacher, *student, center, *temperatures, dtype, block_bytes
-            )
-    return loss
+    check_views(teacher, student)
+    return objective(
+        teacher,
+        student,
+        center=flat_center(center, teacher.output_dim),
+        teacher_temp=teacher_temp,
+        student_temp=student_temp,
+        block_bytes=block_bytes,
+    )
 
 
 def reference_dino_loss(

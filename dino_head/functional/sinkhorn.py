@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from dino_head._arguments import check_integer, check_number
-from dino_head.functional._blocks import BLOCK_BYTES, LogitsWorkspace
 from dino_head.functional._outputs import Logits, Outputs, as_outputs
+from dino_head.functional._workspace import BLOCK_BYTES, LogitsWorkspace
 
 
 @torch.no_grad()

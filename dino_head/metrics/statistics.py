@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dino_head._arguments import check_integer, check_number
-from dino_head.functional._blocks import BLOCK_BYTES
 from dino_head.functional._outputs import Logits, as_outputs, check_sides, flat_center
+from dino_head.functional._workspace import BLOCK_BYTES
 from dino_head.metrics._plotted import PlottedMetric
 
 
