@@ -4,13 +4,14 @@ Sizes: B samples, T teacher views, K prototypes.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dino_head._arguments import check_integer, check_number
 from dino_head.functional._outputs import Logits, Outputs, as_outputs
-from dino_head.functional._workspace import BLOCK_BYTES, LogitsWorkspace
+from dino_head.functional._workspace import BLOCK_BYTES, LogitsWorkspace, at_least_float32
 
 
 @torch.no_grad()
@@ -52,31 +53,55 @@ def sinkhorn_center(
     """
     check_number("teacher_temp", teacher_temp, 0, float("inf"), exclude_minimum=True)
     check_integer("iterations", iterations, 1)
-    teacher = as_outputs(teacher_out)
+    teacher = as_outputs(teacher_out).detach()
+    log_sums = _opaque_log_sums if torch.compiler.is_compiling() else _log_sums
     potential: Tensor | None = None  # f; g follows from it
     for _ in range(iterations):
-        log_sums: Tensor | None = None
-        for logits in _blocks_over_temperature(teacher, float(teacher_temp), block_bytes):  # (T b, K)
-            if potential is not None:
-                logits = logits - (logits - potential).logsumexp(dim=1, keepdim=True)
-            of_block = logits.logsumexp(dim=0)
-            log_sums = of_block if log_sums is None else torch.logaddexp(log_sums, of_block)
-        assert log_sums is not None  # there is at least one sample
-        potential = log_sums if reduce is None else reduce(log_sums)
+        sums: Tensor = log_sums(*teacher, potential, float(teacher_temp), teacher.product_dtype, block_bytes)
+        potential = sums if reduce is None else reduce(sums)
     assert potential is not None
     return potential * teacher_temp
 
 
-def _blocks_over_temperature(teacher: Outputs, temp: float, block_bytes: int) -> Iterator[Tensor]:
+def _log_sums(
+    rows: Tensor,
+    prototypes: Tensor | None,
+    potential: Tensor | None,
+    temp: float,
+    dtype: torch.dtype,
+    block_bytes: int,
+) -> Tensor:
+    """Logsumexp over the samples of M_nk - g_n, (K,), in float32 or higher; -inf without samples."""
+    sums: Tensor | None = None
+    with torch.autocast(rows.device.type, enabled=False):
+        for logits in _blocks_over_temperature(Outputs(rows, prototypes), temp, dtype, block_bytes):  # (T b, K)
+            if potential is not None:
+                logits = logits - (logits - potential).logsumexp(dim=1, keepdim=True)
+            of_block = logits.logsumexp(dim=0)
+            sums = of_block if sums is None else torch.logaddexp(sums, of_block)
+    if sums is None:
+        sums = rows.new_full((Outputs(rows, prototypes).output_dim,), -torch.inf, dtype=at_least_float32(dtype))
+    return sums
+
+
+# Opaque to the compiler, because the number of blocks depends on the number of samples.
+_opaque_log_sums = torch.library.custom_op("dino_head::log_sums", _log_sums, mutates_args=())
+
+
+@_opaque_log_sums.register_fake
+def _empty_log_sums(rows: Tensor, prototypes: Tensor | None, *options: Any) -> Tensor:
+    return rows.new_empty(Outputs(rows, prototypes).output_dim, dtype=at_least_float32(options[2]))
+
+
+def _blocks_over_temperature(teacher: Outputs, temp: float, dtype: torch.dtype, block_bytes: int) -> Iterator[Tensor]:
     """Logits over temperature (T b, K), in float32 or higher, block by block; each overwrites the previous one."""
     if teacher.prototypes is None:
-        yield teacher.rows.flatten(end_dim=1).to(torch.promote_types(teacher.rows.dtype, torch.float32)) / temp
+        yield teacher.rows.flatten(end_dim=1).to(at_least_float32(teacher.rows.dtype)) / temp
         return
-    prototypes = teacher.prototypes.to(teacher.product_dtype)
-    with torch.autocast(prototypes.device.type, enabled=False):
-        workspace = LogitsWorkspace((teacher.views,), teacher.samples, prototypes, block_bytes)
-        for samples in workspace.blocks:
-            (logits,) = workspace.split(samples)
-            z = teacher.rows[:, samples].to(prototypes.dtype).flatten(end_dim=1)
-            workspace.multiply_(logits, z, prototypes, temp)
-            yield logits.flatten(end_dim=1)
+    prototypes = teacher.prototypes.to(dtype)
+    workspace = LogitsWorkspace((teacher.views,), teacher.samples, prototypes, block_bytes)
+    for samples in workspace.blocks:
+        (logits,) = workspace.split(samples)
+        z = teacher.rows[:, samples].to(dtype).flatten(end_dim=1)
+        workspace.multiply_(logits, z, prototypes, temp)
+        yield logits.flatten(end_dim=1)
