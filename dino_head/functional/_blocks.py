@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from dino_head.functional._outputs import Outputs
 from dino_head.functional._workspace import LogitsWorkspace, at_least_float32
 
+PART_BYTES = {"cpu": 2**20}  # of a view, by the type of the device: all passes over a part then stay in the cache
+
 
 def objective(
     teacher: Outputs,
@@ -44,62 +46,57 @@ def objective(
     return loss
 
 
-def cross_entropies_(teacher: Tensor, student: Tensor, total: Tensor | None, weights: Tensor | None) -> Tensor:
+def cross_entropies_(teacher: Tensor, student: Tensor, weights: Tensor | None, scale: float | None) -> Tensor:
     """Sum over the pairs of views and the samples of H(p_t, q_s), p_t = softmax(teacher_t), q_s = softmax(student_s).
 
         sum_s  n_s logsumexp(student_s) - (sum_{t != s} p_t) . student_s        because each p_t sums to 1
 
     where n_s is the number of teacher views other than s: T - 1 for s < T, else T. A single student view is compared
-    with a single teacher view. The sum is exact at any scale of the logits, because their maximum is subtracted first,
-    after which no two terms have opposite signs.
+    with a single teacher view. The gradient in student_s is n_s q_s - sum_{t != s} p_t.
 
     Args:
-        teacher: Logits over temperature (T, b, K); overwritten by the targets of the first T student views.
-        student: Logits over temperature (S, b, K); overwritten by the q_s.
-        total: Buffer (b, K); overwritten by the targets of the other student views, the sum of all p_t. None if S = 1.
-        weights: Factors (b, 1) of the samples, None for 1. The targets are multiplied by them.
+        teacher: Logits over temperature (T, b, K); overwritten.
+        student: Logits over temperature (S, b, K); overwritten by the gradient times `scale`.
+        weights: Factors (b, 1) of the samples; None for 1.
+        scale: Factor of the gradient; None if it is not needed.
     """
-    views = len(teacher)
-    torch.softmax(teacher, dim=-1, out=teacher)
-    if weights is not None:
-        teacher.mul_(weights)
-    if total is not None:
-        torch.sum(teacher, dim=0, out=total)
-        torch.sub(total, teacher, out=teacher)
-    student.sub_(student.amax(dim=-1, keepdim=True))
-    agreement = torch.dot(teacher.flatten(), student[:views].flatten())
-    if total is not None:
-        agreement = agreement + torch.mv(student[views:].flatten(start_dim=1), total.flatten()).sum()
-    torch.softmax(student, dim=-1, out=student)
-    log_sums = student.amax(dim=-1, keepdim=True).log().neg()  # the largest q is exp(0 - logsumexp)
-    if weights is not None:
-        log_sums = log_sums * weights
-    return _pairs(views, total) * log_sums[:views].sum() + views * log_sums[views:].sum() - agreement
+    _, samples, outputs = teacher.shape
+    step = max(1, PART_BYTES.get(teacher.device.type, 2**25) // (outputs * teacher.itemsize))
+    products = teacher.new_empty(min(step, samples), outputs)
+    loss = teacher.new_zeros(())
+    for start in range(0, samples, step):
+        part = slice(start, start + step)
+        factors = None if weights is None else weights[part]
+        loss += _cross_entropies_of_part_(teacher[:, part], student[:, part], factors, scale, products)
+    return loss
 
 
-def gradients_(
-    targets: Tensor, student: Tensor, total: Tensor | None, weights: Tensor | None, scale: float = -1.0
-) -> None:
-    """Overwrite `student` with its gradient times `scale`, from the results of `cross_entropies_`.
-
-    The gradient is n_s q_s - sum_{t != s} p_t. (A scale of -1 is the cheapest.)
-    """
-    views = len(targets)
-    global_views, local_views = student[:views], student[views:]
-    if weights is not None:
-        student.mul_(weights)
-    if scale != -1:
-        targets.mul_(-scale)
-    torch.add(targets, global_views, alpha=scale * _pairs(views, total), out=global_views)
-    if total is not None:
-        if scale != -1:
-            total.mul_(-scale)
-        torch.add(total, local_views, alpha=scale * views, out=local_views)
-
-
-def _pairs(views: int, total: Tensor | None) -> int:
-    """Number of teacher views with which each of the first student views is compared."""
-    return 1 if total is None else views - 1
+def _cross_entropies_of_part_(
+    teacher: Tensor, student: Tensor, weights: Tensor | None, scale: float | None, products: Tensor
+) -> Tensor:
+    views, loss = len(teacher), teacher.new_zeros(())
+    for p in teacher:
+        torch.softmax(p, dim=-1, out=p)
+        # Softmax's own sum loses small terms if K is large: p then sums to 1 with an error of up to 1e-5.
+        p.mul_((1.0 if weights is None else weights) / p.sum(dim=-1, keepdim=True))
+    total = teacher.sum(dim=0)
+    for s, x in enumerate(student):
+        if len(student) == 1:
+            targets, pairs = total, 1
+        elif s < views:
+            targets, pairs = torch.sub(total, teacher[s], out=teacher[s]), views - 1
+        else:
+            targets, pairs = total, views
+        x.sub_(x.amax(dim=-1, keepdim=True))  # no two terms of the loss then have opposite signs, and none cancels
+        # A sum of products instead of a dot product, which loses small terms like softmax.
+        loss -= torch.mul(targets, x, out=products[: len(x)]).sum()
+        torch.softmax(x, dim=-1, out=x)
+        sums = x.sum(dim=-1, keepdim=True)
+        mass = pairs if weights is None else pairs * weights
+        loss += (mass * (sums / x.amax(dim=-1, keepdim=True)).log()).sum()  # the largest q is exp(0 - logsumexp)
+        if scale is not None:
+            x.mul_(scale * mass / sums).add_(targets, alpha=-scale)
+    return loss
 
 
 def _sum_and_gradients(
@@ -160,13 +157,9 @@ def _from_logits(
     # A divisor with a dimension takes part in type promotion, which converts low precision to float32.
     gradient = student.new_empty(student.shape, dtype=dtype)
     torch.div(student, student.new_full((1,), student_temp, dtype=dtype), out=gradient)
-    total = torch.empty_like(targets[0]) if len(student) > 1 else None
     factors = None if weights is None else weights[:, None].to(dtype)
-    loss = cross_entropies_(targets, gradient, total, factors)
-    if not needs_gradient:
-        return loss, loss.new_empty(0)
-    gradients_(targets, gradient, total, factors, 1 / student_temp)
-    return loss, gradient
+    loss = cross_entropies_(targets, gradient, factors, 1 / student_temp if needs_gradient else None)
+    return loss, gradient if needs_gradient else loss.new_empty(0)
 
 
 def _from_factors(
@@ -186,10 +179,8 @@ def _from_factors(
 
     The targets are subtracted inside the block, so there are no more products than in a bare forward and backward.
     """
-    (views, samples, _), dtype = student_z.shape, prototypes.dtype
-    # A single student view needs no memory for the sum of the targets.
-    sides = (len(teacher_z), views, 1) if views > 1 else (len(teacher_z), views)
-    workspace = LogitsWorkspace(sides, samples, prototypes, block_bytes)
+    samples, dtype = student_z.shape[1], prototypes.dtype
+    workspace = LogitsWorkspace((len(teacher_z), len(student_z)), samples, prototypes, block_bytes)
     scale = -1 / (workspace.gradient_scale * student_temp)  # of the products with the negative gradient
     loss = workspace.logits.new_zeros(())
     grad_z = loss.new_empty(student_z.shape if needs_z else 0)
@@ -199,14 +190,13 @@ def _from_factors(
     for block in workspace.blocks:
         z = student_z[:, block].to(dtype).flatten(end_dim=1)  # (S b, D)
         z_teacher = teacher_z[:, block].to(dtype).flatten(end_dim=1)  # (T b, D)
-        teacher, student, *buffer = workspace.split(block)
-        total = buffer[0][0] if buffer else None
+        teacher, student = workspace.split(block)
         factors = None if weights is None else weights[block, None].to(loss.dtype)
         workspace.multiply_(teacher, z_teacher, teacher_prototypes, teacher_temp)
         workspace.multiply_(student, z, prototypes, student_temp)
-        loss += cross_entropies_(teacher.sub_(center / teacher_temp), student, total, factors)
+        teacher.sub_(center / teacher_temp)
+        loss += cross_entropies_(teacher, student, factors, -1.0 if needs_z or needs_prototypes else None)
         if needs_z or needs_prototypes:
-            gradients_(teacher, student, total, factors)
             negative = workspace.scale_for_product_(student)  # (S b, K)
         if needs_z:
             grad_z[:, block] = (negative @ prototypes).to(loss.dtype).mul_(scale).view_as(grad_z[:, block])
