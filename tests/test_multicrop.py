@@ -74,8 +74,8 @@ OUTPUTS = {
     "a tuple": (lambda x: (x, x), r"got a tuple of \[\(4, 3, 16, 16\), .*Features\(.* the features of one item"),
     "a dict": (lambda x: {"x": x, "pooled": x}, r"got a dict with the keys 'x', 'pooled': .* the features of one key"),
     "None": (lambda x: None, "got a NoneType"),
-    "the mean of the batch": (lambda x: x.mean(dim=(0, 2, 3)), r"N = 4 inputs, got shape \(3,\): keep the samples"),
-    "a scalar": (torch.sum, r"N = 4 inputs, got shape \(\)"),
+    "the mean of the batch": (lambda x: x.mean(dim=(0, 2, 3)), r"of its 4 inputs, got shape \(3,\): keep the samples"),
+    "a scalar": (torch.sum, r"of its 4 inputs, got shape \(\)"),
 }  # fmt: skip
 
 
