@@ -139,16 +139,16 @@ def _check_masks(backbone: nn.Module, view: Tensor) -> None:
     of_first[1:] = False
     unmasked = backbone(noise)
     by_all, by_first = (_change(unmasked, _masked(backbone, noise, masks)) for masks in (of_all, of_first))
-    if not by_all.all() or not by_first[0]:
-        raise ValueError(
-            "the backbone ignores masks: a masked patch does not change the outputs of its image. Replace the "
-            "embeddings of masked patches by a mask token"
-        )
     # Not zero, because rounding may depend on the batch.
     if (by_first[1:] > 0.01 * by_all[1:]).any():
         raise ValueError(
             "the backbone uses the mask of one image for another: a mask of the first image changes the outputs of "
             "others. Row b of the masks (B, N) is for image b"
+        )
+    if not by_all.all() or not by_first[0]:
+        raise ValueError(
+            "the backbone ignores masks: a masked patch does not change the outputs of its image. Replace the "
+            "embeddings of masked patches by a mask token"
         )
 
 

@@ -89,7 +89,7 @@ class TokenFeatures(nn.Module):
             masks: Masks (B, N) on the images' device, bool, True = masked.
         """
         sides = tuple(images.shape[2:])
-        count = math.prod(side // size for side, size in zip(sides, self.patch_size, strict=False))
+        count = math.prod([side // size for side, size in zip(sides, self.patch_size, strict=False)])
         if masks is not None and (masks.dtype != torch.bool or masks.shape != (len(images), count)):
             raise ValueError(
                 f"masks must be bool {(len(images), count)} for {len(images)} images of {sides} in patches of "
