@@ -28,7 +28,7 @@ class TokenFeatures(nn.Module):
     it, so that the model knows where the masked patches are. (Oquab et al. 2023, arXiv:2304.07193)
 
     The mode of the model does not change. `from_pretrained` returns models in evaluation mode: call `train()` on the
-    student. In training mode, DINOv3ViTModel shifts and scales its positions randomly, if its config says so.
+    student. In training mode, DINOv3ViTModel rescales its positions randomly by default.
 
     Args:
         model: Transformer whose input is images (B, C, H, W), or volumes.

@@ -8,6 +8,7 @@ from dino_head import DINOLoss, DINOProjectionHead
 from dino_head.vision import check_backbone
 
 VIEWS = [torch.randn(2, 3, size, size) for size in (8, 8, 4)]
+FIRST = torch.tensor([[True], [False]])
 
 
 class Tokens(nn.Module):
@@ -86,6 +87,7 @@ def test_the_check_under_autocast():
      "the mask of one image for another"),
     (changed(lambda tokens, images, masks: tokens(images, None if masks is None else masks & masks[:1] & masks[-1:])),
      "ignores masks"),
+    (changed(lambda tokens, images, masks: tokens(images, None if masks is None else masks & FIRST)), "ignores masks"),
     (changed(lambda tokens, images, masks: tokens(images, masks) if masks is None else tokens(images)[0]),
      r"same shapes with masks as without, a tuple of \[\(2, 6\), \(2, 4, 6\)\], got a tensor of shape \(2, 6\)"),
     (changed(lambda tokens, images, masks: (tokens(images)[0], tokens(images)[1][:, 0 if masks is None else 1 :])),
