@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from dino_head._indices import spaced_indices
+from dino_head._pooling import is_pair
 
 Loaders = tuple[Iterable[Any], Iterable[Any]]
 
@@ -149,11 +150,14 @@ def _load(loader: DataLoader[Any], batches: list[list[int]]) -> Iterable[Any]:
 def features_of(pl_module: LightningModule, trainer: Trainer, module: nn.Module, inputs: Any) -> Tensor:
     """Inputs of a batch -> features (B, D) in float32, computed with the Trainer's precision.
 
+    From a pair of class tokens (B, D) and patch tokens, it takes the class tokens.
+
     Raises:
         ValueError: The output is not (B, D).
     """
     with trainer.precision_plugin.forward_context():
-        features = module(trainer.precision_plugin.convert_input(move_data_to_device(inputs, pl_module.device)))
+        output = module(trainer.precision_plugin.convert_input(move_data_to_device(inputs, pl_module.device)))
+    features = output[0] if is_pair(output) else output
     if not isinstance(features, Tensor) or features.dim() != 2:
         given = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise ValueError(f"features must be (B, D), but the module returns {given}: name one that pools its output")

@@ -32,7 +32,8 @@ class DINO(LightningModule):
     """A student learns to predict, from each view of an image, its moving average's output for the global views.
 
     Args:
-        backbone: Network that maps images (B, C, H, W) of each view's size to features (B, D).
+        backbone: Network that maps images (B, C, H, W) of each view's size to features (B, D), or to a pair of class
+            tokens (B, D), which are the features, and patch tokens (B, N, D).
         head: Projection head that maps features (..., D) to logits of K prototypes.
         loss: Objective, with as many prototypes as the head.
         augment: Augmentation that maps images (B, C, H, W) to V views; it runs on the device, only in training.
@@ -82,9 +83,9 @@ class DINO(LightningModule):
 
     def outputs(self, side: nn.ModuleDict, views: list[Tensor]) -> FactoredLogits:
         """Views (B, C, H, W) -> z (V, B, bottleneck) and prototypes (K, bottleneck), the factors of the logits."""
-        features = multicrop_forward(side["backbone"], views)  # (V, B, D)
-        factored: FactoredLogits = side["head"].factored_logits(features)  # type: ignore[operator]
-        return factored
+        output = multicrop_forward(side["backbone"], views)
+        features = output[0] if isinstance(output, tuple) else output  # (V, B, D)
+        return side["head"].factored_logits(features)  # type: ignore[operator, no-any-return]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The student predicts the teacher: a batch of images (B, C, H, W) -> the loss, a scalar."""
@@ -99,8 +100,8 @@ class DINO(LightningModule):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of the teacher, which are better than the student's: (B, C, H, W) -> (B, D)."""
-        features: Tensor = self.teacher["backbone"](images)
-        return features
+        output = self.teacher["backbone"](images)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **options: Any) -> None:
         """Clip the gradient of each parameter, then all gradients together by the Trainer's gradient_clip_val."""

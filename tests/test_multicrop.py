@@ -74,8 +74,8 @@ OUTPUTS = {
     "a tuple": (lambda x: (x, x), r"got a tuple of \[\(4, 3, 16, 16\), .*Features\(.* the features of one item"),
     "a dict": (lambda x: {"x": x, "pooled": x}, r"got a dict with the keys 'x', 'pooled': .* the features of one key"),
     "None": (lambda x: None, "got a NoneType"),
-    "the mean of the batch": (lambda x: x.mean(dim=(0, 2, 3)), r"N = 4 inputs, got shape \(3,\): keep the samples"),
-    "a scalar": (torch.sum, r"N = 4 inputs, got shape \(\)"),
+    "the mean of the batch": (lambda x: x.mean(dim=(0, 2, 3)), r"of its 4 inputs, got shape \(3,\): keep the samples"),
+    "a scalar": (torch.sum, r"of its 4 inputs, got shape \(\)"),
 }  # fmt: skip
 
 
@@ -88,3 +88,105 @@ def test_outputs_that_are_not_features_are_named_with_a_way_to_pool_them(name):
 
 def test_tokens_of_one_resolution_are_features_of_patches():
     assert multicrop_forward(lambda x: x.flatten(2).mT, [VIEWS[0]] * 2).shape == (2, 4, 256, 3)
+
+
+class Tokens(nn.Module):
+    """Patches of 4 x 4 pixels: their embeddings, where masked a mask token, and the mean of all as class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mask_token = nn.Conv2d(3, 5, 4, 4), nn.Parameter(torch.randn(5))
+        self.calls = []
+
+    def forward(self, images, masks=None):
+        self.calls.append((len(images), None if masks is None else masks.clone()))
+        tokens = self.embed(images).flatten(2).mT
+        if masks is not None:
+            tokens = torch.where(masks[..., None], self.mask_token, tokens)
+        return tokens.mean(dim=1), tokens
+
+
+def crops(*sizes):
+    torch.manual_seed(0)
+    return [torch.randn(4, 3, size, size) for size in sizes]
+
+
+def test_class_and_patch_tokens_are_in_the_order_of_the_views():
+    backbone, views = Tokens(), crops(16, 8, 16, 8)
+    cls, patches = multicrop_forward(backbone, views)
+    assert [call for call, _ in backbone.calls] == [8, 8]
+    assert cls.shape == (4, 4, 5)
+    assert [tuple(tokens.shape) for tokens in patches] == [(4, 16, 5), (4, 4, 5), (4, 16, 5), (4, 4, 5)]
+    for index, view in enumerate(views):
+        torch.testing.assert_close((cls[index], patches[index]), backbone(view))
+
+
+def test_patch_tokens_are_not_copied():
+    batches = []
+    module = Tokens()
+    module.register_forward_hook(lambda module, args, output: batches.append(output[1]))
+    _, patches = multicrop_forward(module, crops(16, 16, 8))
+    storages = [batch.untyped_storage().data_ptr() for batch in batches]
+    assert [tokens.untyped_storage().data_ptr() for tokens in patches] == [storages[0], storages[0], storages[1]]
+
+
+@pytest.mark.parametrize("grid", [(16,), (4, 4)])
+@pytest.mark.parametrize("masked", [1, 2])
+def test_each_sample_of_the_first_views_has_its_own_mask(masked, grid):
+    """Compared with one call for each image; further views, of the same size and of others, are not masked."""
+    backbone, views = Tokens(), crops(16, 16, 8, 16)
+    masks = torch.rand(masked * 4, *grid) < 0.4
+    cls, patches = multicrop_forward(backbone, views, masks)
+    assert [given is None for _, given in backbone.calls] == [False, True]
+    for index, view in enumerate(views):
+        for sample in range(4):
+            row = masks[4 * index + sample].reshape(1, 16) if index < masked else None
+            expected = backbone(view[sample : sample + 1], row)
+            torch.testing.assert_close((cls[index, sample], patches[index][sample]), (expected[0][0], expected[1][0]))
+
+
+def test_gradients_reach_the_mask_token():
+    backbone = Tokens()
+    masks = torch.zeros(8, 16, dtype=torch.bool)
+    masks[5, [2, 7]] = True
+    _, patches = multicrop_forward(backbone, crops(16, 16, 8), masks)
+    sum(tokens.sum() for tokens in patches).backward()
+    assert torch.equal(backbone.mask_token.grad, torch.full((5,), 2.0))
+
+
+def test_masks_move_to_the_device_of_the_inputs():
+    seen = []
+
+    def backbone(images, masks=None):
+        seen.append(masks.device.type)
+        return images.new_zeros(len(images), 5), images.new_zeros(len(images), 16, 5)
+
+    multicrop_forward(backbone, [torch.zeros(4, 3, 16, 16, device="meta")], torch.zeros(4, 16, dtype=torch.bool))
+    assert seen == ["meta"]
+
+
+MASKS = torch.zeros(8, 16, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(("module", "views", "masks", "message"), [
+    (Tokens(), crops(16, 16, 8), MASKS.float(), r"bool .*\(views \* B, N\) .* got \(8, 16\) in torch.float32"),
+    (Tokens(), crops(16, 16, 8), MASKS[:, 0], r"got \(8,\) in torch.bool"),
+    (Tokens(), crops(16, 16, 8), [[True]], "got list"),
+    (Tokens(), crops(16, 16, 8), MASKS[:6], r"4 for one view to 12 for all 3, got shape \(6, 16\)"),
+    (Tokens(), crops(16), MASKS, r"4 for one view to 4 for all 1, got shape \(8, 16\)"),
+    (Tokens(), crops(16), MASKS[:0], r"got shape \(0, 16\)"),
+    (Tokens(), crops(16, 8, 16), MASKS,
+     r"one resolution, got \[\(3, 16, 16\), \(3, 8, 8\)\] for the first 2 views, which 8 rows"),
+    (Tokens(), crops(16, 16), MASKS[:, :1], r"masks have 1 patches for views \(3, 16, 16\), .* returns 16 patch"),
+    (lambda images, masks: images.mean(dim=(2, 3)), crops(16, 16), MASKS,
+     r"a pair of .* got a tensor of shape \(8, 3\): use dino_head.vision.TokenFeatures"),
+    (lambda images, masks: (images.flatten(2), None), crops(16, 16), MASKS,
+     r"a tuple of \[\(8, 3, 256\), 'NoneType'\]"),
+    (lambda images, masks=None: Tokens()(images)[0] if masks is None else Tokens()(images), crops(16, 16, 8), MASKS,
+     "for 2 of 3 views: return a pair whether or not masks are given"),
+    (lambda images: (images[:4, :, 0, 0], images[:4, :, 0]), crops(16, 16), None, "each of its 8 inputs, got shape"),
+    (lambda images: (images[:, :, 0, 0], images[:4, :, 0]), crops(16, 16), None, r"8 inputs, got shape \(4, 3, 16\)"),
+])  # fmt: skip
+def test_masks_that_do_not_fit(module, views, masks, message):
+    with pytest.raises(ValueError, match=message):
+        multicrop_forward(module, views, masks)

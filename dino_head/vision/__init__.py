@@ -10,10 +10,12 @@ from dino_head._extras import packages_of_extras
 
 if TYPE_CHECKING:
     from dino_head.vision.augment import dino_views
-    from dino_head.vision.backbones import Features, check_backbone, vit
+    from dino_head.vision.backbones import Features, vit
+    from dino_head.vision.checks import check_backbone
     from dino_head.vision.image_data import ImageData, StreamData
     from dino_head.vision.loaders import ResumableLoader
     from dino_head.vision.reading import read_image
+    from dino_head.vision.token_features import TokenFeatures
     from dino_head.vision.volume_data import VolumeData
     from dino_head.vision.volumes import read_volume
 
@@ -22,8 +24,9 @@ _MODULES = {
     "ImageData": "image_data",
     "ResumableLoader": "loaders",
     "StreamData": "image_data",
+    "TokenFeatures": "token_features",
     "VolumeData": "volume_data",
-    "check_backbone": "backbones",
+    "check_backbone": "checks",
     "dino_views": "augment",
     "read_image": "reading",
     "read_volume": "volumes",
@@ -35,6 +38,7 @@ __all__ = [
     "ImageData",
     "ResumableLoader",
     "StreamData",
+    "TokenFeatures",
     "VolumeData",
     "check_backbone",
     "dino_views",

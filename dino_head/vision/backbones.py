@@ -4,17 +4,24 @@ Features(Dinov2Model(config), class_token)                                  # tr
 Features(ConvNextModel.from_pretrained(name), pooled)                       # transformers, pretrained
 timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True)
 nn.Sequential(monai.networks.nets.DenseNet121(3, 1, 128).features, nn.AdaptiveAvgPool3d(1), nn.Flatten())
+
+For DINOv2, they also return patch tokens and take masks of patches; for DINO, KNNProbeCallback and ReportCallback, the
+class tokens of such a backbone are its features. `TokenFeatures` makes one of a transformer:
+
+backbone(images, masks=None) -> (class tokens (B, D), patch tokens (B, N, D))
+backbone.patch_size                      # a tuple with the size in pixels along each axis, such as (16, 16)
+
+N is the number of patches, the product of the images' size // patch size, and varies with the images. They are in
+row-major order. The masks, bool (B, N) on the images' device, are True where the mask token replaces the embedding of a
+patch. `check_backbone` checks all of this.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from dino_head import DINOLoss, DINOProjectionHead, FactoredLogits
 from dino_head._extras import packages_of_extras
-from dino_head._pooling import how_to_pool
 
 VIT = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
@@ -82,68 +89,3 @@ def vit(
         layer_norm_eps=1e-6,
     )
     return Features(ViTModel(config, add_pooling_layer=False), class_token, interpolate_pos_encoding=True)
-
-
-@torch.no_grad()
-def check_backbone(
-    backbone: nn.Module, head: DINOProjectionHead, views: Sequence[Tensor], loss: DINOLoss | None = None
-) -> None:
-    """Raise an error before training starts if backbone, head and loss do not fit the views and each other.
-
-    All of them are called in evaluation mode; neither they nor random states change. Call it under the autocast of the
-    run, with views in the dtype of the weights.
-
-    Args:
-        backbone: Backbone for the views.
-        head: Projection head for the features.
-        views: Views (B, C, H, W); one of each size is passed on.
-        loss: Loss for the outputs of the head; None to check only backbone and head. With Sinkhorn, all processes have
-            to call it.
-
-    Raises:
-        ValueError: If one of them raises an error, or the backbone's output is not (B, head.input_dim).
-    """
-    parts = [part for part in (backbone, head, loss) if part is not None]
-    modes = {module: module.training for part in parts for module in part.modules()}
-    try:
-        for part in parts:
-            part.eval()
-        with torch.random.fork_rng(sorted({view.get_device() for view in views if view.is_cuda})):
-            for view in {view.shape[2:]: view for view in views}.values():
-                _check_view(backbone, head, view, loss)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _check_view(backbone: nn.Module, head: DINOProjectionHead, view: Tensor, loss: DINOLoss | None) -> None:
-    shape = " x ".join(map(str, view.shape[2:]))
-    try:
-        features = backbone(view)
-    except Exception as error:  # of any kind
-        raise ValueError(
-            f"the backbone cannot take views of {shape} ({type(error).__name__}: {error}): make their size a "
-            "multiple of its patch size, let it interpolate its position embeddings (transformers: "
-            "interpolate_pos_encoding=True; timm: dynamic_img_size=True), and convert them from "
-            f"{view.dtype} to the type of its weights, if it differs"
-        ) from error
-    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != len(view):
-        raise ValueError(
-            f"the backbone must return features ({len(view)}, D) for {len(view)} views of {shape}, got "
-            f"{how_to_pool(features)}"
-        )
-    if features.shape[1] != head.input_dim:
-        raise ValueError(
-            f"the backbone returns {features.shape[1]} features, but the head expects {head.input_dim}: use "
-            f"DINOProjectionHead(input_dim={features.shape[1]}, ...)"
-        )
-    try:
-        z, prototypes = head.factored_logits(features)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the head cannot take the backbone's features {tuple(features.shape)} in {features.dtype} "
-            f"({type(error).__name__}: {error}): convert backbone and head to one type"
-        ) from error
-    if loss is not None:
-        two_views = FactoredLogits(torch.stack([z, z]), prototypes)
-        loss.forward(two_views, two_views)  # without hooks, which measure the calls during training

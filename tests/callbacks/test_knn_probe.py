@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import distributed_fits
 from helpers.processes import run_in_processes
-from helpers.tiny_dino import TinyDINO, tiny_dino, view_loader
+from helpers.tiny_dino import TinyDINO, TinyTokens, TinyViT, tiny_dino, view_loader
 from helpers.toy_training import rules, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule
@@ -18,7 +18,9 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
+from dino_head import DINOLoss, DINOProjectionHead
 from dino_head.callbacks import KNNProbeCallback
+from dino_head.examples.dino_module import DINO
 from dino_head.metrics import KNNAccuracy
 from dino_head.vision import ResumableLoader
 
@@ -273,6 +275,18 @@ def test_features_that_are_not_finite_cause_a_warning():
     with pytest.warns(UserWarning, match="in epoch 1.* 48 of 48 features of the voters contain NaN or inf"):
         fit(seeded(), watch, Break())
     assert [row["epoch"] for row in watch.history] == [0]
+
+
+def test_of_a_backbone_with_patch_tokens_the_class_tokens_are_probed():
+    found = []
+    for backbone in (TinyViT, TinyTokens):
+        torch.manual_seed(0)
+        head = DINOProjectionHead(16, 8, 4, 16, batch_norm=False)
+        watch, module = probe(), DINO(backbone(), head, DINOLoss(16), lambda x: [x, x.flip(-1)], warmup_epochs=0)
+        fit(module, watch, max_epochs=1)
+        found.append([row["top1"] for row in watch.history])
+    assert found[0] == found[1]
+    assert 0.4 < found[1][0] < 1
 
 
 def test_a_module_that_does_not_pool_causes_a_warning():

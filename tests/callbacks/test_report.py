@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from helpers.tiny_dino import TinyDINO, TinyViT, tiny_dino, view_loader
+from helpers.tiny_dino import TinyDINO, TinyTokens, TinyViT, tiny_dino, view_loader
 from helpers.toy_training import rules, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule
@@ -335,6 +335,15 @@ def test_patch_tokens_and_attention_of_the_backbone_are_drawn(registers, tmp_pat
     assert "Patch tokens and attention" in page.texts["h2"]
     pixels = image.imread(tmp_path / "patches.png")[..., :3]
     assert np.ptp(pixels, axis=-1).max() > 0.5  # in colours
+
+
+def test_of_a_backbone_with_patch_tokens_the_class_tokens_are_drawn():
+    module, data = vit(), images()
+    module.backbone = TinyTokens()
+    run = trainer(max_epochs=0)
+    run.fit(module, view_loader())
+    samples = pictures.take_samples(run, module, module.backbone, data, 20)
+    torch.testing.assert_close(samples.features, module.backbone(data.dataset.tensors[0])[0])
 
 
 def test_maps_are_the_tokens_components_and_the_class_tokens_attention():

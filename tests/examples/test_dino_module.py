@@ -4,12 +4,12 @@ import warnings
 
 import pytest
 import torch
-from helpers.tiny_dino import TinyDINO, crops, tiny_dino, view_loader
+from helpers.tiny_dino import TinyDINO, TinyTokens, TinyViT, crops, tiny_dino, view_loader
 from helpers.toy_training import trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dino_head import FactoredLogits, dino_loss
+from dino_head import DINOLoss, DINOProjectionHead, FactoredLogits, dino_loss
 from dino_head.callbacks import FreezeLastLayerCallback, TeacherUpdateCallback
 from dino_head.examples.dino_module import DINO
 
@@ -156,3 +156,17 @@ def test_validation_and_predict_change_no_buffer_and_no_teacher():
     (features, *_) = run.predict(module, view_loader())
     assert features.shape == (4, 4)
     assert all(torch.equal(module.state_dict()[key], value) for key, value in before.items())
+
+
+def test_of_a_backbone_with_patch_tokens_the_class_tokens_are_trained():
+    crops_of_patches = lambda images: [images, images.flip(-1), images[..., :4, :4]]  # noqa: E731
+    states, images = [], torch.randn(2, 1, 8, 8)
+    for backbone in (TinyViT, TinyTokens):
+        torch.manual_seed(0)
+        head = DINOProjectionHead(16, 8, 4, 16, batch_norm=False)
+        module = TinyDINO(backbone(), head, DINOLoss(16), crops_of_patches, warmup_epochs=0)
+        start = module.student["backbone"].embed.weight.clone()
+        trainer(TeacherUpdateCallback(base_momentum=0.9), max_epochs=1).fit(module, view_loader())
+        states.append({**module.state_dict(), "features": module(images)})
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert not torch.equal(start, states[1]["student.backbone.embed.weight"])

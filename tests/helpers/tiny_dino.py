@@ -65,3 +65,11 @@ class TinyViT(nn.Module):
 
     def get_last_selfattention(self, images: torch.Tensor) -> torch.Tensor:
         return self.tokens(images)[1]
+
+
+class TinyTokens(TinyViT):
+    """The same backbone, but returns its class tokens (B, 16) and patch tokens (B, N, 16)."""
+
+    def forward(self, images: torch.Tensor) -> Any:
+        tokens = self.tokens(images)[0]
+        return tokens[:, 0], tokens[:, 1:]

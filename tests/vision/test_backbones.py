@@ -5,7 +5,8 @@ from torch import nn
 from transformers import ConvNextConfig, ConvNextModel, Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from dino_head import DINOLoss, DINOProjectionHead, multicrop_forward
-from dino_head.vision.backbones import Features, check_backbone, class_token, pooled, vit
+from dino_head.vision.backbones import Features, class_token, pooled, vit
+from dino_head.vision.checks import check_backbone
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 VIEWS = [torch.randn(2, 3, size, size) for size in (64, 64, 32, 32)]

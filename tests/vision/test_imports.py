@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[2]
 USES = {
     (): """
 from dino_head import DINOProjectionHead
-from dino_head.vision import Features, ResumableLoader, check_backbone
+from dino_head.vision import Features, ResumableLoader, TokenFeatures, check_backbone
+assert TokenFeatures(torch.nn.Conv2d(3, 8, 4, 4), "", lambda maps: maps).patch_size == (4, 4)
 backbone = Features(torch.nn.Flatten(), lambda features: features)
 check_backbone(backbone, DINOProjectionHead(48, 8, 4, 16), [torch.zeros(2, 3, 4, 4)])
 trainer = SimpleNamespace(world_size=1, global_rank=0, fit_loop=SimpleNamespace(batch_idx=-1))
