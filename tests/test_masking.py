@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from dino_head import random_block_masks
+from dino_head import masking, random_block_masks
 
 
 def seeded(seed):
@@ -47,10 +47,18 @@ def mask_by_hand(grid, request, clips):
     return mask
 
 
-def masks_by_hand(masked_views, grid, clips):
-    edges = np.linspace(0.1, 0.5, masked_views + 1)
-    shares = [random.uniform(edges[i], edges[i + 1]) for i in range(masked_views)]
-    return np.stack([mask_by_hand(grid, int(math.prod(grid) * share), clips) for share in shares])
+def masks_by_hand(masked_views, grid, clips, ratio=(0.1, 0.5), exact=False):
+    edges = np.linspace(*ratio, masked_views + 1)
+    masks = []
+    for i in range(masked_views):
+        share = edges[i + 1] if exact else random.uniform(edges[i], edges[i + 1])
+        request = int(math.prod(grid) * share)
+        mask = mask_by_hand(grid, request, clips)
+        if exact:
+            visible = np.flatnonzero(~mask).tolist()
+            mask.flat[random.sample(visible, request - int(mask.sum()))] = True
+        masks.append(mask)
+    return np.stack(masks)
 
 
 def statistics(masks):
@@ -64,31 +72,40 @@ def statistics(masks):
 CALLS, MASKED_VIEWS = 400, 8
 
 
-@pytest.mark.parametrize(("grid", "clips"), [
-    ((7, 7), False),
-    ((14, 14), False),
-    ((16, 16), False),
-    ((37, 37), False),
-    ((9, 14), False),
-    ((2, 32), True),
-    ((60,), True),
-    ((5, 7, 9), True),
+@pytest.mark.parametrize(("grid", "clips", "options"), [
+    ((7, 7), False, {}),
+    ((14, 14), False, {}),
+    ((16, 16), False, {}),
+    ((37, 37), False, {}),
+    ((5, 20), False, {}),
+    ((3, 8), False, {"exact": True}),
+    ((2, 32), True, {}),
+    ((60,), True, {}),
+    ((5, 7, 9), True, {}),
 ])  # fmt: skip
 @pytest.mark.slow
-def test_masks_are_distributed_as_by_hand(grid, clips):
+def test_masks_are_distributed_as_by_hand(grid, clips, options):
     """At most 1,379 differences of two means, each beyond 6.5 standard errors with a probability below 3e-10 (Student's t
     with 798 degrees of freedom): the test fails by chance with a probability below 1e-6."""
     random.seed(0)
     generator = seeded(0)
     ours, by_hand = [], []
     for _ in range(CALLS):
-        masks = random_block_masks(2 * MASKED_VIEWS, grid, generator=generator)
+        masks = random_block_masks(2 * MASKED_VIEWS, grid, **options, generator=generator)
         masked_views = masks.flatten(1).sum(dim=1).argsort()[MASKED_VIEWS:]
         ours.append(statistics(masks[masked_views].numpy()))
-        by_hand.append(statistics(masks_by_hand(MASKED_VIEWS, grid, clips)))
+        by_hand.append(statistics(masks_by_hand(MASKED_VIEWS, grid, clips, **options)))
     difference = np.mean(ours, axis=0) - np.mean(by_hand, axis=0)
     error = np.sqrt((np.var(ours, axis=0) + np.var(by_hand, axis=0)) / (CALLS - 1))
     assert (np.abs(difference) <= 6.5 * error).all()
+
+
+@pytest.mark.parametrize(("grid", "half"), [((7, 7), 24), ((14, 14), 98), ((16, 16), 128), ((37, 37), 684), ((3, 3, 3), 13)])
+def test_no_block_has_more_than_half_of_the_patches(grid, half, monkeypatch):
+    budgets, block = [], masking._Blocks._block
+    monkeypatch.setattr(masking._Blocks, "_block", lambda *args: budgets.append(args[1]) or block(*args))
+    random_block_masks(4, grid, ratio=(0.9, 0.9), generator=seeded(0))
+    assert max(budgets) == half
 
 
 # Counts
@@ -117,7 +134,6 @@ def test_narrow_grids_get_masks(grid, reached):
     """BEiT's rule leaves a 1 x N grid without any and 2 x 32 with a tenth of the patches."""
     masks = random_block_masks(400, grid, generator=seeded(0)).flatten(1)
     assert masks.any(dim=1).sum() == 200
-    print(grid, masks.sum() / (200 * masks.shape[1] * 0.3))
     assert masks.sum() > reached * 200 * 0.3 * masks.shape[1]
 
 
@@ -145,7 +161,6 @@ def test_views_are_shuffled():
 def test_the_generator_alone_determines_the_masks(exact):
     first = random_block_masks(16, (14, 14), exact=exact, generator=seeded(1))
     random.seed(5)
-    np.random.seed(5)
     torch.manual_seed(5)
     state = torch.get_rng_state()
     generator = seeded(1)
@@ -160,7 +175,7 @@ def test_without_a_generator_the_global_one_is_used():
     assert torch.equal(random_block_masks(16, (7, 7)), random_block_masks(16, (7, 7), generator=seeded(1)))
 
 
-def test_defaults_of_pytorch_do_not_change_the_masks(monkeypatch):
+def test_defaults_of_pytorch_do_not_change_the_masks():
     expected = random_block_masks(16, (7, 7), exact=True, generator=seeded(1))
     torch.set_default_dtype(torch.bfloat16)
     try:
