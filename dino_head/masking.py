@@ -28,32 +28,32 @@ def random_block_masks(
     exact: bool = False,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Draw masks of random blocks for int(V `probability`) of V views; the other views have no masked patch.
+    """Draw random block masks for int(V `probability`) of V views; the other views stay unmasked.
 
-    With n masked views, n + 1 edges divide `ratio` into equal parts. View i requests int(N u) patches, u uniform between
-    edges i and i + 1, and blocks are added until it has them:
+    `ratio` is divided into n equal intervals for the n masked views. View i draws a share u uniformly from interval i
+    and requests int(N u) patches. Blocks are added until it has them, each with
 
-        area     uniform between 4 and b, the smaller of the number of missing patches and int(N / 2)
-        side j   round(area^(1/d) e^(a_j)), with log-aspects a_j whose sum is 0
-        place    uniform over the grid
+        area     uniform between 4 and b, the smaller of int(N / 2) and the number of patches still missing
+        side j   round(area^(1/d) e^(a_j)), with log-aspects a_j that sum to 0
+        place    uniform among all places in the grid
 
-    A block that masks 0 or more than b new patches is refused. Ten refused blocks in a row end the mask: it can have
-    fewer patches than requested, never more, and never all N. At last the views are shuffled.
+    A block that masks no new patch, or more than b, is refused. Ten refused blocks in a row end the mask, so it can
+    have fewer patches than requested, but never more, and never all N. Finally, the views are shuffled.
 
-    In 2-D this is the masking of BEiT (Bao et al. 2022, arXiv:2106.08254) and DINOv2 (Oquab et al. 2023,
-    arXiv:2304.07193): a_1 - a_2 is uniform between ln 0.3 and -ln 0.3, and a block that spans an axis is refused as well.
-    Long, narrow grids would get few masks or none that way. If the shorter axis has at most 2 patches, or no block of
-    N / 2 patches can lie along the longer one, each side is clipped to [1, max(1, size - 1)] instead. In 1-D and 3-D,
-    sides are always clipped; there, the a_j are uniform between ln 0.3 and -ln 0.3, minus their mean.
+    On 2-D grids, this is the rule of BEiT (Bao et al. 2022, arXiv:2106.08254) and DINOv2 (Oquab et al. 2023,
+    arXiv:2304.07193): a_1 - a_2 is uniform between ln 0.3 and -ln 0.3, and a block that spans an axis is refused too.
+    This would refuse most blocks on narrow grids. If the shorter axis is too short for a block of N / 2 patches that is
+    0.3 times as high as wide, each side is clipped to [1, max(1, size - 1)] instead. On 1-D and 3-D grids, sides are
+    always clipped, and the a_j are uniform between ln 0.3 and -ln 0.3 before their mean is subtracted.
 
     Args:
         views: Number V of views, at least 1: 2 B for two global views of B samples.
         grid: Number of patches along each axis, a sequence of 1, 2 or 3 positive integers.
         probability: Share of the views that are masked, in [0, 1].
         ratio: Smallest and largest share of masked patches to request, 0 <= smallest <= largest < 1.
-        exact: Whether view i has exactly int(N edge_(i + 1)) patches, as in DINOv3 (Siméoni et al. 2025,
-            arXiv:2508.10104). After the blocks, single patches are masked at random.
-        generator: Generator on the CPU; None for PyTorch's global one. Its state alone determines the masks.
+        exact: Whether view i has exactly int(N u) patches, u being the upper end of interval i (DINOv3, Siméoni et al.
+            2025, arXiv:2508.10104). Single patches, chosen at random, are added to the blocks.
+        generator: Generator on the CPU, the only source of randomness; by default, PyTorch's global one.
 
     Returns:
         Boolean tensor (V, *grid) on the CPU, True for masked patches.
@@ -82,19 +82,13 @@ def random_block_masks(
 
 
 class _Blocks:
-    """Draws masks as integers whose bit n is patch n, because a few integer operations then add a block.
-
-    Args:
-        grid: Number of patches along each axis.
-        generator: Source of the random numbers.
-    """
+    """Masks as integers whose bit n is patch n: adding a block then takes few operations."""
 
     def __init__(self, grid: tuple[int, ...], generator: torch.Generator | None) -> None:
         self.grid, self.patches = grid, math.prod(grid)
         self.strides = [math.prod(grid[axis + 1 :]) for axis in range(len(grid))]
-        shorter = min(grid)
-        height = math.sqrt(self.patches / 2 * math.exp(-LARGEST_LOG_ASPECT))  # of the flattest block of N / 2 patches
-        self.clips = len(grid) != 2 or shorter <= 2 or height > shorter - 1
+        lowest = math.sqrt(self.patches / 2 * math.exp(-LARGEST_LOG_ASPECT))  # height of the flattest block of N / 2
+        self.clips = len(grid) != 2 or lowest > min(grid) - 1
         self.tries = _tries(len(grid), generator)
 
     def mask(self, request: int) -> int:
@@ -128,13 +122,13 @@ class _Blocks:
                 return 0
             side = max(1, min(side, size - 1))
             stride = self.strides[axis]
-            block *= ((1 << stride * side) - 1) // ((1 << stride) - 1)  # a line: bits 0, stride, ..., (side - 1) stride
+            block *= ((1 << stride * side) - 1) // ((1 << stride) - 1)  # `side` bits, a stride apart
             offset += stride * int((size - side + 1) * numbers[1 + dims + axis])
         return block << offset
 
 
 def _tries(dims: int, generator: torch.Generator | None) -> Iterator[list[float]]:
-    """Random numbers of one try after another: for the area, e^(a_j) of each axis, for the place along each axis."""
+    """For each block, a uniform number for its area, e^(a_j) and a uniform number for its place on each axis."""
     while True:
         numbers = torch.rand(TRIES_AT_ONCE, 1 + 2 * dims, generator=generator, dtype=torch.float64)
         log_aspects = LARGEST_LOG_ASPECT * (2 * numbers[:, 1 : 1 + dims] - 1)

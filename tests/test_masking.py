@@ -62,7 +62,7 @@ def masks_by_hand(masked_views, grid, clips, ratio=(0.1, 0.5), exact=False):
 
 
 def statistics(masks):
-    """Of one call's masked views: counts in order, frequency of each cell, share of equal neighbours along each axis."""
+    """Of the masked views of a call: sorted counts, frequency of each cell, share of equal neighbours on each axis."""
     counts = np.sort(masks.reshape(len(masks), -1).sum(axis=1))
     axes = [(axis, size) for axis, size in enumerate(masks.shape) if axis]
     equal = [(masks.take(range(1, size), axis) == masks.take(range(size - 1), axis)).mean() for axis, size in axes]
@@ -85,8 +85,8 @@ CALLS, MASKED_VIEWS = 400, 8
 ])  # fmt: skip
 @pytest.mark.slow
 def test_masks_are_distributed_as_by_hand(grid, clips, options):
-    """At most 1,379 differences of two means, each beyond 6.5 standard errors with a probability below 3e-10 (Student's t
-    with 798 degrees of freedom): the test fails by chance with a probability below 1e-6."""
+    """At most 1,379 differences of two means, each beyond 6.5 standard errors with a probability below 2e-10 (Student's
+    t, 798 degrees of freedom): the test fails by chance with a probability below 3e-7."""
     random.seed(0)
     generator = seeded(0)
     ours, by_hand = [], []
@@ -100,7 +100,9 @@ def test_masks_are_distributed_as_by_hand(grid, clips, options):
     assert (np.abs(difference) <= 6.5 * error).all()
 
 
-@pytest.mark.parametrize(("grid", "half"), [((7, 7), 24), ((14, 14), 98), ((16, 16), 128), ((37, 37), 684), ((3, 3, 3), 13)])
+@pytest.mark.parametrize(
+    ("grid", "half"), [((7, 7), 24), ((14, 14), 98), ((16, 16), 128), ((37, 37), 684), ((3, 3, 3), 13)]
+)
 def test_no_block_has_more_than_half_of_the_patches(grid, half, monkeypatch):
     budgets, block = [], masking._Blocks._block
     monkeypatch.setattr(masking._Blocks, "_block", lambda *args: budgets.append(args[1]) or block(*args))
@@ -115,7 +117,9 @@ def counts_of(masks):
     return masks.flatten(1).sum(dim=1).sort().values.tolist()
 
 
-@pytest.mark.parametrize("grid", [(16, 16), (7, 7), (37, 37), (1, 40), (2, 32), (60,), (5, 7, 9), (3, 3), (2,), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "grid", [(16, 16), (7, 7), (37, 37), (1, 40), (2, 32), (60,), (5, 7, 9), (3, 3), (2,), (1, 1, 1)]
+)
 @pytest.mark.parametrize("ratio", [(0.1, 0.5), (0.0, 0.97), (0.3, 0.3)])
 def test_exact_masks_have_the_patches_of_the_upper_edge_and_others_at_most_as_many(grid, ratio):
     edges = np.linspace(*ratio, 9)[1:]
@@ -127,14 +131,15 @@ def test_exact_masks_have_the_patches_of_the_upper_edge_and_others_at_most_as_ma
     assert all(count <= most for count, most in zip(blocks, expected, strict=True))
 
 
-@pytest.mark.parametrize(("grid", "reached"), [
-    ((1, 40), 0.9), ((40, 1), 0.9), ((2, 32), 0.9), ((3, 40), 0.9), ((2, 5), 0.5), ((40,), 0.9), ((1, 1, 40), 0.9), ((2, 16, 16), 0.9)
+@pytest.mark.parametrize("grid", [
+    (1, 40), (40, 1), (2, 32), (32, 2), (3, 40), (14, 200), (40,), (1, 1, 40), (2, 16, 16)
 ])  # fmt: skip
-def test_narrow_grids_get_masks(grid, reached):
-    """BEiT's rule leaves a 1 x N grid without any and 2 x 32 with a tenth of the patches."""
+def test_every_masked_view_of_a_narrow_grid_has_a_mask_near_its_request(grid):
+    """BEiT's rule masks nothing on 1 x 40 and a tenth of the requested patches on 2 x 32."""
     masks = random_block_masks(400, grid, generator=seeded(0)).flatten(1)
     assert masks.any(dim=1).sum() == 200
-    assert masks.sum() > reached * 200 * 0.3 * masks.shape[1]
+    requested = 200 * 0.3 * masks.shape[1]
+    assert masks.sum() > 0.9 * requested
 
 
 @pytest.mark.parametrize(("views", "probability", "masked_views"), [
