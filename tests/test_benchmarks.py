@@ -21,6 +21,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("callbacks", ["--rounds", "1", "--calls", "10", "--prototypes", "64"], "a loop over parameters "),
         ("train_step", ["--rounds", "1", "--batch", "2", "--prototypes", "64", "--scale", "0.2"], "usual / ours: "),
         ("memory", ["--prototypes", "64", "--batch", "2", "--views", "2", "--precision", "32"], "| 64 | 32 | 2 | 2 | "),
+        ("masks", ["--rounds", "1"], "128 views of 16 x 16: "),
         ("watching", ["--rounds", "1", "--epochs", "1"], "watched / alone: "),
     ],
 )
@@ -123,6 +124,7 @@ def test_every_benchmark_is_run_here():
         "import_time",
         "callbacks",
         "objective",
+        "masks",
         "memory",
         "train_step",
         "watching",

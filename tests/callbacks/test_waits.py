@@ -152,6 +152,7 @@ ALLOWED = {
     "callbacks/report/pictures.py": {"cpu": "pictures, after an epoch"},
     "callbacks/testing.py": {"item": "a check that users run"},
     "dino_head/functional/_outputs.py": {"cpu": "the monitor's, on devices without float64"},
+    "dino_head/masking.py": {"tolist": HOST},
     "dino_head/metrics/knn.py": {"item": "an error of the constructor", "tolist": "compute"},
     "dino_head/vision/reading.py": {"tolist": HOST},
     "dino_head/vision/volume_views.py": {"tolist": HOST},
