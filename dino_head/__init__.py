@@ -5,7 +5,7 @@
 """
 
 from dino_head.diagnosis import diagnose
-from dino_head.functional import dino_loss
+from dino_head.functional import dino_loss, koleo_loss
 from dino_head.head import DINOProjectionHead, ProjectionHead
 from dino_head.losses import DINOLoss
 from dino_head.multicrop import multicrop_forward
@@ -25,6 +25,7 @@ __all__ = [
     "derived_seed",
     "diagnose",
     "dino_loss",
+    "koleo_loss",
     "multicrop_forward",
     "parameter_groups",
 ]
