@@ -70,13 +70,15 @@ def koleo_loss(x: Tensor, *, topk: int = 1, candidates: Tensor | None = None, of
         distance = torch.linalg.vector_norm(difference + EPSILON, dim=-1)
         # The gradient of a duplicate would be up to 1e8 times rounding errors, more than float16 holds.
         distance = torch.where(distance < DUPLICATE, distance.detach(), distance)
-        return -(distance + EPSILON).log().mean()
+        loss: Tensor = -(distance + EPSILON).log().mean()
+    return loss
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
     """Rows of unit length; zeros stay zeros, without a gradient in place of one of 1e8."""
     length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    return rows / length.clamp_min(EPSILON).masked_fill(length == 0, torch.inf)
+    units: Tensor = rows / length.clamp_min(EPSILON).masked_fill(length == 0, torch.inf)
+    return units
 
 
 def _check_features(x: Tensor, candidates: Tensor, offset: int) -> None:
