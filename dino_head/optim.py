@@ -59,7 +59,8 @@ def parameter_groups(
             last_layer = parameter_groups(head.last_layer, 0.04, lr=1e-4)
             optimizer = torch.optim.AdamW([*backbone, *mlp, *last_layer])
 
-        Two heads have parameters of the same names: pass both in one call, as nn.ModuleDict({"cls": a, "patch": b}).
+        The parameters of two heads have the same names: pass nn.ModuleDict({"patch_head": patch_head}) in place of the
+        second head, which adds a prefix.
 
     Raises:
         ValueError: An argument out of its range, factors without `lr`, no trainable parameter, or a factor for a

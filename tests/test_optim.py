@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from helpers.toy_training import Toy, loader, trainer
@@ -239,19 +241,12 @@ def test_the_snippet_of_the_docstring_gives_every_parameter_a_rate():
     scope = {"student": student, "head": student["head"], "parameter_groups": parameter_groups, "torch": torch}
     exec(snippet(), scope)
     groups = scope["optimizer"].param_groups
-    found = {id(p): group["lr"] for group in groups for p in group["params"]}
-    assert found == pytest.approx(
-        {
-            id(p): table(student, lr=1e-3, layer_decay=0.9, patch_embed_lr_mult=0.2)[name][0]
-            for name, p in named(student)
-        }
-        | {id(student["head"].last_layer.weight_v): 1e-4}
-    )
+    names = {id(p): name for name, p in student.named_parameters()}
+    found = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    expected = table(student, lr=1e-3, layer_decay=0.9, patch_embed_lr_mult=0.2)
+    expected = {name: rate for name, (rate, _) in expected.items()} | {"head.last_layer.weight_v": 1e-4}
+    assert found == pytest.approx(expected)
     assert len({group["name"] for group in groups}) == len(groups)
-
-
-def named(module):
-    return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
 def test_each_group_has_the_name_of_its_first_parameter():
@@ -262,8 +257,8 @@ def test_each_group_has_the_name_of_its_first_parameter():
         assert [group["name"] for group in groups] == [names[id(group["params"][0])] for group in groups]
 
 
-class WithBlocks(Toy):
-    """A toy whose groups are joined from a backbone with layer decay and a head, or from two heads."""
+class WithGroups(Toy):
+    """A toy with groups of choice."""
 
     def __init__(self, make_groups):
         super().__init__(norm_last_layer=False)
@@ -282,8 +277,12 @@ def joined(student):
     return [*backbone, *parameter_groups(head.layers, 0.04), *parameter_groups(head.last_layer, 0.04, lr=0.001)]
 
 
-def parts_in_one_call(student):
-    return parameter_groups(nn.ModuleDict({"a": student["head"], "b": student["backbone"]}), 0.04, lr=0.02)
+def two_heads(student):
+    second = nn.ModuleDict({"patch_head": copy.deepcopy(student["head"])})
+    return [*parameter_groups(student["head"], 0.04), *parameter_groups(second, 0.04, lr=0.02)]
+
+
+FIRST = ("layers.0.weight", "layers.0.bias")
 
 
 @pytest.mark.parametrize(
@@ -291,14 +290,14 @@ def parts_in_one_call(student):
     [
         (lambda student: parameter_groups(student, 0.04), {"backbone.weight": 0.005, "backbone.bias": 0.005}),
         (joined, {"weight": 0.01, "bias": 0.005, "0.weight": 0.005, "0.bias": 0.005, "weight_g": 0.0005}),
-        (parts_in_one_call, {"a.layers.0.weight": 0.01, "a.layers.0.bias": 0.01}),
+        (two_heads, dict.fromkeys(FIRST, 0.005) | {f"patch_head.{name}": 0.01 for name in FIRST}),
     ],
 )
 def test_lightnings_monitor_logs_each_group_by_its_name(make_groups, expected, tmp_path):
     logger = CSVLogger(tmp_path)
     monitor = LearningRateMonitor()
     run = trainer(monitor, logger=logger, log_every_n_steps=1, max_steps=2)
-    run.fit(WithBlocks(make_groups), loader())
+    run.fit(WithGroups(make_groups), loader())
     last = {name.removeprefix("lr-AdamW/"): values[-1] for name, values in monitor.lrs.items()}
     assert last == pytest.approx(expected)
 
@@ -312,7 +311,7 @@ def test_a_schedule_of_weight_decay_follows_in_the_decayed_groups():
             seen.append({group["name"]: group["weight_decay"] for group in trainer.optimizers[0].param_groups})
 
     run = trainer(Seen("weight_decay", lambda step, total: 0.1 * (step + 1)), max_steps=2)
-    run.fit(WithBlocks(joined), loader())
+    run.fit(WithGroups(joined), loader())
     decayed = ("weight", "0.weight", "weight_g")
     for step, decays in enumerate(seen, start=1):
         assert decays == pytest.approx(dict.fromkeys(decayed, 0.1 * step) | {"bias": 0.0, "0.bias": 0.0})
