@@ -127,17 +127,26 @@ def test_antipodal_vectors_are_each_others_neighbours():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_and_autocast_are_computed_in_float32(dtype):
+def test_low_precision_is_computed_in_float32(dtype):
     x = features(dtype=dtype)
-    expected, gradient = loss_and_gradient(x.float())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, under_autocast = loss_and_gradient(x)
-        full_precision = koleo_loss(x.float())
+    loss, gradient = loss_and_gradient(x)
+    expected, expected_gradient = loss_and_gradient(x.float())
     assert loss.dtype == torch.float32
     assert torch.equal(loss, expected)
-    assert torch.equal(full_precision, expected)
-    assert under_autocast.dtype == dtype
-    assert torch.equal(under_autocast, gradient.to(dtype))
+    assert gradient.dtype == dtype
+    assert torch.equal(gradient, expected_gradient.to(dtype))
+
+
+def test_under_autocast_the_nearest_of_a_dense_cluster_is_found():
+    torch.manual_seed(0)
+    angles = 0.01 * torch.rand(20)
+    x = torch.stack([angles.cos(), angles.sin()], dim=1).requires_grad_()
+    assert len((x @ x.T).bfloat16().unique()) == 1
+    expected, gradient = loss_and_gradient(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, under_autocast = loss_and_gradient(x)
+    assert torch.equal(loss, expected)
+    assert torch.equal(under_autocast, gradient)
 
 
 def test_nan_is_not_hidden():
