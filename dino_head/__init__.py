@@ -5,10 +5,9 @@
 """
 
 from dino_head.diagnosis import diagnose
-from dino_head.functional import dino_loss, ibot_patch_loss
+from dino_head.functional import dino_loss, ibot_patch_loss, koleo_loss
 from dino_head.head import DINOProjectionHead, ProjectionHead
 from dino_head.losses import DINOLoss, IBOTPatchLoss
-from dino_head.losses import DINOLoss
 from dino_head.masking import random_block_masks
 from dino_head.multicrop import multicrop_forward
 from dino_head.optim import parameter_groups
@@ -29,6 +28,7 @@ __all__ = [
     "diagnose",
     "dino_loss",
     "ibot_patch_loss",
+    "koleo_loss",
     "multicrop_forward",
     "parameter_groups",
     "random_block_masks",

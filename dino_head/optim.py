@@ -1,44 +1,161 @@
-"""Parameter groups for optimizers."""
+"""Parameter groups for optimizers: weight decay, and learning rates that fall from the last layer to the first."""
 
+import itertools
+import re
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
 
-from dino_head._arguments import check_number
+from dino_head._arguments import check_integer, check_number
+
+BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers?)\.(\d+)(?=\.)")
+ATTENTION = re.compile(r"attn|attention")
+EMBEDDING = re.compile(
+    r"(?:^|\.)(?:embeddings\.|(?:patch|pos|position)_embed|(?:cls|class|mask|reg|register|storage)_tokens?)"
+)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Group trainable parameters for an optimizer: matrices with weight decay, everything else without.
+def parameter_groups(
+    module: nn.Module,
+    weight_decay: float,
+    *,
+    lr: float | None = None,
+    layer_decay: float = 1.0,
+    patch_embed_lr_mult: float = 1.0,
+    depth: Callable[[str], int] | None = None,
+) -> list[dict[str, Any]]:
+    """Group trainable parameters for an optimizer, as DINO and DINOv2 do (arXiv:2104.14294, arXiv:2304.07193).
 
-    Biases, the scales and offsets of norms and all other one-dimensional parameters are not decayed, as in the
-    authors' code (arXiv:2104.14294). Neither is `weight_g`, the norms of the prototypes, because it is a scale; the
-    authors decay it if it is trainable.
+    Matrices are decayed, including position embeddings, tokens and trainable norms of the prototypes (`weight_g`).
+    Biases and one-dimensional parameters are not, such as the weights of norms and of layer scale.
+
+    The learning rate of a vision transformer of n blocks is lr * layer_decay^(n + 1 - depth). The depth is 0 for patch
+    and position embeddings and all tokens, i + 1 for block i, and n + 1 for everything else, such as the last norm and
+    heads. The rate of the patch embedding is also multiplied by `patch_embed_lr_mult`. A `LambdaLR` scales all groups
+    by one factor, so their ratios stay.
+
+    The names of Transformers, timm and MONAI are recognised: blocks with attention, such as `encoder.layer.3.`,
+    `layers.3.` or `blocks.3.`, beside `embeddings.`, `patch_embed`, `pos_embed` or `cls_token`. Frozen parameters count
+    too. Each of several transformers has its own n.
 
     Args:
-        module: Module whose trainable parameters are grouped, each once.
+        module: Module whose trainable parameters are grouped, each once, such as the student with backbone and heads.
         weight_decay: Weight decay of the matrices, >= 0.
+        lr: Learning rate of the last layers, > 0. By default, that of the optimizer; the factors below need it.
+        layer_decay: Factor of the learning rate for each layer further from the last, in (0, 1].
+        patch_embed_lr_mult: Factor of the learning rate of the patch embedding, whose name contains `patch_embed`, > 0.
+        depth: Function that maps each parameter's name to its depth, for other modules: an integer from 0 to n + 1, the
+            largest of all, whose rate is `lr`.
 
     Returns:
-        At most two groups, none of them empty. Groups of several modules can be joined and extended with options:
-        `[*parameter_groups(backbone, 0.04), *({**group, "lr": 1e-4} for group in parameter_groups(head, 0.04))]`.
+        Groups with "params", "weight_decay", "name" and, if `lr` is given, "lr": one for each rate with and without
+        decay, none of them empty. A group has the name of its first parameter, for Lightning's LearningRateMonitor,
+        which needs different names in an optimizer. Groups of several modules can be joined, here with a separate
+        learning rate for the last layer of a head:
+
+            backbone = parameter_groups(student["backbone"], 0.04, lr=1e-3, layer_decay=0.9, patch_embed_lr_mult=0.2)
+            mlp = parameter_groups(head.layers, 0.04, lr=1e-3)
+            last_layer = parameter_groups(head.last_layer, 0.04, lr=1e-4)
+            optimizer = torch.optim.AdamW([*backbone, *mlp, *last_layer])
+
+        The parameters of two heads have the same names: pass nn.ModuleDict({"patch_head": patch_head}) in place of the
+        second head, which adds a prefix.
 
     Raises:
-        ValueError: A negative weight decay, or no trainable parameter.
+        ValueError: An argument out of its range, factors without `lr`, no trainable parameter, or a factor for a
+            transformer or patch embedding that is not recognised.
 
-    >>> [(len(group["params"]), group["weight_decay"]) for group in parameter_groups(nn.Linear(4, 2), 0.04)]
-    [(1, 0.04), (1, 0.0)]
+    >>> [(group["name"], group["weight_decay"]) for group in parameter_groups(nn.Linear(4, 2), 0.04)]
+    [('weight', 0.04), ('bias', 0.0)]
     """
     check_number("weight_decay", weight_decay, 0, float("inf"))
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            is_decayed = parameter.ndim > 1 and name.split(".")[-1] != "weight_g"
-            (matrices if is_decayed else others).append(parameter)
-    if not matrices and not others:
+    check_number("layer_decay", layer_decay, 0, 1, exclude_minimum=True)
+    check_number("patch_embed_lr_mult", patch_embed_lr_mult, 0, float("inf"), exclude_minimum=True)
+    if lr is not None:
+        check_number("lr", lr, 0, float("inf"), exclude_minimum=True)
+    elif layer_decay != 1 or patch_embed_lr_mult != 1:
         raise ValueError(
-            f"{type(module).__name__} has no trainable parameter: pass the student, or call "
-            "module.requires_grad_(True) (FreezeLastLayerCallback does the freezing)"
+            f"layer_decay={layer_decay} and patch_embed_lr_mult={patch_embed_lr_mult} are factors of lr, which is not "
+            "given: pass lr=, the learning rate of the last layers"
         )
-    groups = [{"params": matrices, "weight_decay": float(weight_decay)}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    parameters = dict(module.named_parameters())
+    kind = type(module).__name__
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError(
+            f"{kind} has no trainable parameter: pass the student, or call module.requires_grad_(True) "
+            "(FreezeLastLayerCallback does the freezing)"
+        )
+    factors = dict.fromkeys(parameters, 1.0)
+    if layer_decay != 1:
+        layers_above = _layers_above(parameters, kind) if depth is None else _layers_above_by_depth(parameters, depth)
+        factors = {name: layer_decay**above for name, above in layers_above.items()}
+    if patch_embed_lr_mult != 1:
+        for name in _patch_embedding(parameters, kind):
+            factors[name] *= patch_embed_lr_mult
+
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            is_decayed = parameter.ndim > 1 and name.split(".")[-1] != "bias"
+            options = {"weight_decay": float(weight_decay) if is_decayed else 0.0, "name": name}
+            rate = {} if lr is None else {"lr": lr * factors[name]}
+            group = groups.setdefault((factors[name], not is_decayed), {"params": [], **options, **rate})
+            group["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _layers_above(names: Collection[str], kind: str) -> dict[str, int]:
+    """For each parameter, n + 1 - depth: n + 1 for embeddings, n - i for block i of n, and 0 for all others."""
+    blocks: dict[str, tuple[str, int]] = {}  # name -> (stack of blocks, index in it)
+    sizes: dict[str, int] = {}  # of stacks with attention, which the layers of a head do not have
+    for name in names:
+        found = list(BLOCK.finditer(name))
+        if len(found) == 1:  # there are two in stages of blocks, as of a Swin transformer
+            (block,) = found
+            blocks[name] = name[: block.start(1)], int(block[1])
+            if ATTENTION.search(name, block.end()):
+                sizes[name[: block.start(1)]] = 0
+    for stack, index in blocks.values():
+        if stack in sizes:
+            sizes[stack] = max(sizes[stack], index + 1)
+    embeddings = {name: _nearest(name, sizes) for name in names if name not in blocks and EMBEDDING.search(name)}
+    if not sizes or set(embeddings.values()) != set(sizes):
+        without = sorted(set(sizes).difference(embeddings.values()))
+        missing = f"no embeddings beside {', '.join(without)}" if without else "no blocks with attention"
+        raise ValueError(
+            f"layer_decay does not recognise {kind} as a vision transformer by the names of its parameters ({missing}):"
+            " pass depth=, a function that maps a parameter's name to its depth, or leave layer_decay out for a module "
+            "without a transformer, such as a head"
+        )
+    above = dict.fromkeys(names, 0)
+    above |= {name: sizes[stack] - index for name, (stack, index) in blocks.items() if stack in sizes}
+    return above | {name: sizes[stack] + 1 for name, stack in embeddings.items()}
+
+
+def _nearest(name: str, stacks: Collection[str]) -> str:
+    """The stack of blocks that shares the most modules with a parameter; "" if there is none."""
+
+    def shared(stack: str) -> int:
+        pairs = zip(name.split("."), stack.split("."), strict=False)
+        return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+    return max(stacks, key=shared, default="")
+
+
+def _layers_above_by_depth(names: Collection[str], depth: Callable[[str], int]) -> dict[str, int]:
+    depths = {name: depth(name) for name in names}
+    for name, value in depths.items():
+        check_integer(f"depth({name!r})", value, 0)
+    return {name: max(depths.values()) - value for name, value in depths.items()}
+
+
+def _patch_embedding(names: Collection[str], kind: str) -> list[str]:
+    """The patch embedding's parameters; MONAI has the position embeddings in the same module."""
+    found = [name for name in names if "patch_embed" in name and "position" not in name]
+    if not found:
+        raise ValueError(
+            f"patch_embed_lr_mult has no effect: no name of a parameter in {kind} contains patch_embed. Leave it out, "
+            "or call parameter_groups for the patch embedding by itself, with an lr of its own"
+        )
+    return found

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard, regist
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from dino_head import koleo_loss
 from dino_head.callbacks import (
     CollapseMonitorCallback,
     FreezeLastLayerCallback,
@@ -354,3 +355,34 @@ def loss_skipped_on_one(folder: Path) -> list[str | None]:
         trainer(CollapseMonitorCallback(), rule, devices=2, strategy=ddp(), max_epochs=1).fit(module, halves())
         receipts.append(rule.receipt)
     return receipts
+
+
+class Spread(LightningModule):
+    """A linear map with KoLeo over the features of all processes, gathered as `koleo_loss` describes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(64, 3)
+        self.seen: dict[str, Any] = {}
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x = self.x = self.map(batch[0].flatten(1))
+        x.retain_grad()
+        candidates = self.all_gather(x, sync_grads=True).flatten(end_dim=-2)
+        loss = koleo_loss(x, topk=2, candidates=candidates, offset=self.global_rank * len(x))
+        self.seen["loss"] = loss.detach()
+        return loss
+
+    def on_after_backward(self) -> None:
+        self.seen |= {"x": self.x.grad, "weight": self.map.weight.grad.clone()}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return sgd(self.parameters())
+
+
+def spread_features(folder: Path) -> dict[str, Any]:
+    """Loss and gradients of one step on this process's part of a batch of 12."""
+    torch.manual_seed(0)
+    module, devices = Spread(), int(os.environ.get("WORLD_SIZE", 1))
+    trainer(devices=devices, strategy=ddp() if devices > 1 else "auto", max_steps=1).fit(module, halves(12))
+    return module.seen
