@@ -173,6 +173,10 @@ def test_layers_of_a_head_are_no_blocks():
     assert set(list(found.values())[8:]) == {1.0}
 
 
+def test_an_embedding_in_a_block_belongs_to_the_block():
+    assert rates(*AUTHORS, "blocks.0.attn.pos_embed")["blocks.0.attn.pos_embed"] == 0.25
+
+
 STAGES = ["embeddings.weight", "layers.0.blocks.0.attention.weight", "layers.1.blocks.0.attention.weight"]
 
 
