@@ -110,6 +110,22 @@ def test_no_block_has_more_than_half_of_the_patches(grid, half, monkeypatch):
     assert max(budgets) == half
 
 
+def test_ten_refused_blocks_end_a_mask(monkeypatch):
+    refused = []
+    monkeypatch.setattr(masking._Blocks, "_block", lambda *args: refused.append(args) or 0)
+    assert not random_block_masks(6, (8, 8), generator=seeded(0)).any()
+    assert len(refused) == 3 * 10
+
+
+def test_single_patches_of_exact_masks_are_uniform(monkeypatch):
+    """20 shares, each beyond 6.5 standard deviations with a probability below 1e-10."""
+    monkeypatch.setattr(masking, "TRIES", 0)  # no blocks
+    masks = random_block_masks(4000, (4, 5), probability=1, ratio=(0.4, 0.4), exact=True, generator=seeded(0))
+    assert (masks.sum(dim=(1, 2)) == 8).all()
+    share = masks.float().mean(dim=0)
+    assert (share - 0.4).abs().max() < 6.5 * (0.4 * 0.6 / 4000) ** 0.5
+
+
 # Counts
 
 
@@ -143,7 +159,7 @@ def test_every_masked_view_of_a_narrow_grid_has_a_mask_near_its_request(grid):
 
 
 @pytest.mark.parametrize(("views", "probability", "masked_views"), [
-    (1, 0.5, 0), (1, 1.0, 1), (5, 0.5, 2), (10, 0.0, 0), (10, 1.0, 10), (7, 0.3, 2)
+    (1, 0.5, 0), (1, 1.0, 1), (5, 0.5, 2), (10, 0.0, 0), (10, 1.0, 10), (7, 0.4, 2)
 ])  # fmt: skip
 def test_the_share_of_masked_views_is_rounded_down(views, probability, masked_views):
     masks = random_block_masks(views, (8, 8), probability=probability, generator=seeded(0))
