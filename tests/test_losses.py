@@ -7,8 +7,10 @@ import torch
 from helpers import distributed_parts
 from helpers.processes import run_in_processes
 
-from dino_head import DINOLoss, FactoredLogits
+from dino_head import DINOLoss, FactoredLogits, IBOTPatchLoss
+from dino_head.functional.ibot import reference_ibot_patch_loss
 
+KINDS = pytest.mark.parametrize("kind", [DINOLoss, IBOTPatchLoss])
 REFERENCE = Path(__file__).parent / "reference"
 SETTINGS = {
     "loss_dino": {"warmup_teacher_temp_epochs": 5},
@@ -106,9 +108,10 @@ def test_without_anything_collected_the_center_stays_bitwise():
     assert torch.equal(loss.center, before)
 
 
-def test_what_is_collected_is_not_in_the_state_dict():
-    assert list(DINOLoss(16).state_dict()) == ["center"]
-    assert list(DINOLoss(16, centering="sinkhorn").state_dict()) == []
+@KINDS
+def test_what_is_collected_is_not_in_the_state_dict(kind):
+    assert list(kind(16).state_dict()) == ["center"]
+    assert list(kind(16, centering="sinkhorn").state_dict()) == []
 
 
 @pytest.mark.parametrize("momentum", [0, 1])
@@ -193,9 +196,10 @@ def test_the_center_is_part_of_the_state():
     assert torch.equal(other.center, loss.center)
 
 
+@KINDS
 @pytest.mark.parametrize("shape", [(16,), (1, 16), (1, 1, 16)])
-def test_centers_of_other_libraries_load(shape):
-    loss, center = DINOLoss(16), torch.randn(16)
+def test_centers_of_other_libraries_load(kind, shape):
+    loss, center = kind(16), torch.randn(16)
     state = {"center": center.reshape(shape)}
     loss.load_state_dict(state)
     assert torch.equal(loss.center.flatten(), center)
@@ -210,9 +214,10 @@ def test_a_center_saved_in_another_type_loads_as_float32(dtype):
     assert loss(torch.randn(2, 3, 16), torch.randn(4, 3, 16)).isfinite()
 
 
-def test_a_center_of_another_size_is_refused():
+@KINDS
+def test_a_center_of_another_size_is_refused(kind):
     with pytest.raises(RuntimeError, match=r"(?s)loss.center has 8 prototypes, but .* output_dim=16: .*size mismatch"):
-        torch.nn.ModuleDict({"loss": DINOLoss(16)}).load_state_dict({"loss.center": torch.zeros(8)})
+        torch.nn.ModuleDict({"loss": kind(16)}).load_state_dict({"loss.center": torch.zeros(8)})
 
 
 @pytest.mark.parametrize(("saved", "loaded", "message"), [
@@ -309,3 +314,86 @@ def test_a_momentum_that_is_set_later_is_checked_too():
     loss.center_momentum = 3.0
     with pytest.raises(ValueError, match=r"center_momentum must be a number in \[0, 1\], got 3.0"):
         loss(torch.randn(2, 3, 16), torch.randn(2, 3, 16))
+
+
+# Masked patches.
+
+
+def patches(masked, seed=0):
+    """Outputs of both sides (M, 16), of which the student's require gradients, and masks of 4 views of 8 patches."""
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(3, 7, dtype=torch.bool)
+    masks.view(-1)[torch.randperm(21, generator=generator)[:masked]] = True
+    masks = torch.nn.functional.pad(masks, (0, 1, 1, 0))
+    teacher, student = torch.randn(2, masked, 16, generator=generator)
+    return teacher, student.requires_grad_(), masks
+
+
+def test_the_patch_loss_follows_the_epoch_like_the_dino_loss():
+    teacher, student, masks = patches(9)
+    loss = IBOTPatchLoss(16, 0.04, 0.07, 4).eval()
+    dense = [rows.new_zeros(*masks.shape, 16).index_put((masks,), rows.detach()) for rows in (teacher, student)]
+    for epoch, temp in ((0, 0.04), (1, 0.05), (3, 0.07), (None, 0.07)):
+        expected = reference_ibot_patch_loss(*dense, masks, teacher_temp=temp).item()
+        assert loss(teacher, student, masks, epoch).item() == pytest.approx(expected, rel=1e-6)
+        assert loss(teacher, student, masks, 0, teacher_temp=temp).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_masks_may_have_the_shape_of_the_grid():
+    teacher, student, masks = patches(9)
+    loss = IBOTPatchLoss(16).eval()
+    assert loss(teacher, student, masks.view(4, 2, 4)).item() == loss(teacher, student, masks).item()
+
+
+def test_the_patch_center_is_the_mean_over_all_patches_by_number():
+    loss = IBOTPatchLoss(16)
+    loss.defer_center_update = True
+    calls = [patches(masked, seed) for seed, masked in enumerate((1, 9, 0, 5))]
+    for teacher, student, masks in calls:
+        loss(teacher, student, masks)
+        assert not loss.center.any()
+    loss.apply_center_update()
+    mean = torch.cat([teacher for teacher, *_ in calls]).mean(dim=0)
+    torch.testing.assert_close(loss.center.flatten(), 0.1 * mean)
+    loss.eval()(*calls[1])
+    loss.apply_center_update()
+    torch.testing.assert_close(loss.center.flatten(), 0.1 * mean)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sinkhorn_balances_the_masked_patches(training):
+    teacher, student, masks = patches(9)
+    mass = (teacher.double() / 0.07).exp()
+    for _ in range(3):
+        mass = mass / mass.sum(dim=0)
+        mass = mass / mass.sum(dim=1, keepdim=True)
+    entropies = -(mass * (student.double() / 0.1).log_softmax(dim=-1)).sum(dim=-1)
+    counts = masks.sum(dim=1)
+    expected = (entropies / counts.repeat_interleave(counts)).sum() / 4
+    loss = IBOTPatchLoss(16, centering="sinkhorn").train(training)
+    assert loss(teacher, student, masks).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_two_processes_with_unequal_numbers_of_patches_equal_one(centering, tmp_path):
+    """The second process has no masked patch in every second call."""
+    calls = [[patches(masked, seed) for masked in pair] for seed, pair in enumerate(((9, 2), (5, 0), (1, 12)))]
+    calls = [[(teacher, student.detach(), masks) for teacher, student, masks in pair] for pair in calls]
+    torch.save((centering, calls), tmp_path / "input.pt")
+    joined = [[torch.cat(parts) for parts in zip(*pair, strict=True)] for pair in calls]
+    expected = distributed_parts.patch_objective(IBOTPatchLoss(16, centering=centering), joined)
+    ranks = run_in_processes(distributed_parts.patch_objective_of_my_views, tmp_path)
+    for call, value in enumerate(expected["losses"]):
+        torch.testing.assert_close((ranks[0]["losses"][call] + ranks[1]["losses"][call]) / 2, value)
+        gradients = torch.cat([rank["gradients"][call] / 2 for rank in ranks])
+        torch.testing.assert_close(gradients, expected["gradients"][call], rtol=1e-5, atol=1e-7)
+    for rank in ranks:
+        torch.testing.assert_close(rank["center"], expected["center"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_a_patch_head_of_another_size_is_refused(centering):
+    _, student, masks = patches(9)
+    with pytest.raises(ValueError, match=r"made for 8 prototypes \(output_dim\), got a teacher with 16: give loss and"):
+        IBOTPatchLoss(8, centering=centering)(student.detach(), student, masks)

@@ -146,10 +146,11 @@ def how_to_resume(out: Path) -> str:
 
 
 class CheckBackbone(Callback):
-    """Before the first step, raises ValueError if backbone, head and loss do not fit the views and each other.
+    """Before the first step, raises ValueError if backbone, heads and loss do not fit the views and each other.
 
-    It checks modules like the examples' DINO, with `student["backbone"]`, `student["head"]`, `images(batch)` and
-    `augment`, and the `loss` if it is a DINOLoss, in the precision of the run.
+    It checks modules like the examples' DINO and DINOv2, with `student["backbone"]`, `student["head"]`,
+    `images(batch)`, `augment`, and the `loss` if it is a DINOLoss, in the precision of the run. A module with a
+    `patch_loss` has `student["patch_head"]`, or uses its head for patches too.
     """
 
     is_done = False
@@ -167,10 +168,12 @@ class CheckBackbone(Callback):
             views = pl_module.augment(pl_module.images(batch)[:2])  # type: ignore[operator]
             student: Any = pl_module.student
             loss = getattr(pl_module, "loss", None)
+            patch_head = student["patch_head" if "patch_head" in student else "head"]
             with trainer.precision_plugin.train_step_context():
                 check_backbone(
                     student["backbone"],
                     student["head"],
                     trainer.precision_plugin.convert_input(views),
                     loss if type(loss) is DINOLoss else None,  # a subclass may have arguments of its own
+                    patch_head=patch_head if hasattr(pl_module, "patch_loss") else None,
                 )

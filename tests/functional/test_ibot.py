@@ -245,7 +245,7 @@ def test_other_batch_sizes_do_not_compile_again(kind, centering):
     [
         (logits(3, 16), logits(4, 16), torch.ones(4), r"the same B and K, got teacher \(1, 3, 16\) and student \(1, 4"),
         (logits(3, 16), logits(3, 8), torch.ones(3), "the same B and K"),
-        (logits(3, 16), FactoredLogits(logits(3, 4), logits(16, 4)), torch.ones(3), "both be logits or both FactoredLogits"),
+        (logits(3, 16), FactoredLogits(logits(3, 4), logits(16, 4)), torch.ones(3), "must both be logits or both Fac"),
         (logits(2, 3, 16), logits(2, 3, 16), torch.ones(3), r"logits \(M, K\) of the M masked tokens alone, got \(2, "),
         (factored(2, 3, 4, 16), factored(2, 3, 4, 16), torch.ones(3), r"expects z \(M, D\) of the M masked tokens"),
         ([logits(3, 16)], logits(3, 16), torch.ones(3), r"logits \(M, K\) or one FactoredLogits .*, got a list: pass"),

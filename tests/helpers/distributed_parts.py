@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from dino_head import DINOLoss, DINOProjectionHead, dino_loss
+from dino_head import DINOLoss, DINOProjectionHead, IBOTPatchLoss, dino_loss
 from dino_head.metrics import DINOStatistics, KNNAccuracy, RankMe
 from helpers.processes import in_gloo_group
 
@@ -27,6 +27,23 @@ def objective_of_my_samples(rank: int, folder: Path) -> dict[str, Any]:
     centering, teacher, student = torch.load(folder / "input.pt")
     part = slice(0, 2) if rank == 0 else slice(2, None)
     return objective(DINOLoss(teacher.shape[-1], centering=centering), teacher[:, part], student[:, part])
+
+
+def patch_objective(loss: IBOTPatchLoss, calls: list[Any]) -> dict[str, Any]:
+    """Training calls with (teacher, student, masks)."""
+    losses, gradients = [], []
+    for teacher, student, masks in calls:
+        student = student.clone().requires_grad_()
+        losses.append(loss(teacher, student, masks))
+        gradients += torch.autograd.grad(losses[-1], student)
+    return {"losses": [value.detach() for value in losses], "gradients": gradients, "center": loss.center}
+
+
+@in_gloo_group
+def patch_objective_of_my_views(rank: int, folder: Path) -> dict[str, Any]:
+    """Each process takes its part of each call."""
+    centering, calls = torch.load(folder / "input.pt")
+    return patch_objective(IBOTPatchLoss(16, centering=centering), [call[rank] for call in calls])
 
 
 class Objective(nn.Module):
