@@ -84,7 +84,7 @@ class DINOv2(LightningModule):
     ) -> None:
         super().__init__()
         heads = {"head": head} if patch_head is None else {"head": head, "patch_head": patch_head}
-        self.student = nn.ModuleDict({"backbone": backbone, **heads})
+        self.student = nn.ModuleDict({"backbone": backbone, **heads}).train()  # `from_pretrained` sets evaluation mode
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.student.modules()):
             raise ValueError(
                 "DINOv2 got a backbone or head with batch norm, which cannot take 0 masked patches and stays at its "
@@ -97,18 +97,20 @@ class DINOv2(LightningModule):
         self.layer_rates: Any = {"layer_decay": layer_decay, "patch_embed_lr_mult": patch_embed_lr_mult}
         self.warmup_epochs, self.koleo_weight, self.clip, self.seed = warmup_epochs, koleo_weight, clip, seed
         self.patch_size: Any = backbone.patch_size
-        self.train()  # models of from_pretrained are in evaluation mode
 
     def train(self, mode: bool = True) -> "DINOv2":
-        """Set the mode of the student; the teacher stays in evaluation mode."""
+        """Set the mode of the student; the teacher is always in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
-    def images(self, batch: Any) -> Tensor:
+    def on_train_start(self) -> None:
+        """Set the teacher to evaluation mode; Lightning would warn of it any earlier."""
+        self.teacher.eval()
+
+    def images(self, batch: Any) -> Any:
         """The images (B, C, H, W) of a batch: the first item of a tuple. Override it for batches of another form."""
-        images: Tensor = batch[0] if isinstance(batch, (tuple, list)) else batch
-        return images
+        return batch[0] if isinstance(batch, (tuple, list)) else batch
 
     def views(self, batch: Any, batch_idx: int) -> tuple[list[Tensor], Tensor]:
         """A batch -> V views (B, C, H', W'), the global ones first, and masks (T B, *grid) of these, on the CPU."""
@@ -140,10 +142,9 @@ class DINOv2(LightningModule):
         self.log_dict({"dino": dino, "ibot": ibot, "koleo": koleo})  # of single steps; `loss` is the epoch's mean
         return loss
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Any:
         """Features of the teacher, which are better than the student's: (B, C, H, W) -> class tokens (B, D)."""
-        class_tokens: Tensor = self.teacher["backbone"](images)[0]
-        return class_tokens
+        return self.teacher["backbone"](images)[0]
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **options: Any) -> None:
         """Clip the gradients of backbone and heads, each by itself, then all by the Trainer's gradient_clip_val."""
