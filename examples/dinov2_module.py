@@ -138,8 +138,8 @@ class DINOv2(LightningModule):
         ibot = self.patch_loss(teacher_patches, student_patches, masks, self.current_epoch)
         koleo = sum(koleo_loss(view) for view in tokens[: self.global_views])
         loss: Tensor = dino + ibot + self.koleo_weight * koleo
-        self.log("loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(views[0]))
-        self.log_dict({"dino": dino, "ibot": ibot, "koleo": koleo})  # of single steps; `loss` is the epoch's mean
+        terms = {"loss": loss, "dino": dino, "ibot": ibot, "koleo": koleo}  # logged as means over each epoch
+        self.log_dict(terms, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(views[0]))
         return loss
 
     def forward(self, images: Tensor) -> Any:

@@ -92,6 +92,9 @@ class Given(DINOv2):
     def views(self, batch, batch_idx):
         return self.reference.views(batch_idx), self.reference["masks"][batch_idx]
 
+    def log_dict(self, terms, **options):
+        self.terms = {name: value.detach() for name, value in terms.items()}
+
     def rate(self, step):
         rates = self.reference["lr"]
         return float(rates[min(step, len(rates) - 1)]) / self.learning_rate
@@ -108,8 +111,8 @@ class Watch(Callback):
         self.norm = torch.nn.utils.get_total_norm(gradients)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, *_):
-        logged = trainer.callback_metrics
-        values = {name: logged[name] for name in ("dino", "koleo", "ibot")} | {"total": outputs["loss"]}
+        terms = pl_module.terms
+        values = {name: terms[name] for name in ("dino", "koleo", "ibot")} | {"total": terms["loss"]}
         values["grad_norm_backbone"] = self.norm
         for name, loss in (("center_dino", pl_module.loss), ("center_ibot", pl_module.patch_loss)):
             if loss.center is not None:
