@@ -28,9 +28,9 @@ from dino_head.callbacks._checks.layout import (
     settings_for,
     without_compile,
 )
+from dino_head.callbacks._checks.losses import losses_of, outputs_of_side
 from dino_head.callbacks._checks.own_code import may_write
-from dino_head.functional._outputs import as_outputs
-from dino_head.losses import DINOLoss
+from dino_head.losses import CenteredLoss
 
 Sources = dict[str, tuple[set[str], set[str]]]
 
@@ -60,7 +60,7 @@ class TeacherCheck:
     def __init__(self, trainer: Trainer, pl_module: LightningModule, pairs: Pairs) -> None:
         self.pl_module, self.pairs = pl_module, pairs
         self.outcome, self.has_warned, self.wait = "not checked", False, STEPS
-        self._losses = {name: module for name, module in pl_module.named_modules() if isinstance(module, DINOLoss)}
+        self._losses = losses_of(pl_module)
         self._is_done = not self._losses
         self._steps = 0  # that changed a trained parameter
         self._batches = 0
@@ -180,11 +180,11 @@ class TeacherCheck:
     def _follow(self, training_step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         flow = Flow(self._parameters)
 
-        def note(loss: nn.Module, given: tuple[Any, ...], options: dict[str, Any], *, name: str) -> None:
+        def note(loss: CenteredLoss, given: tuple[Any, ...], options: dict[str, Any], *, name: str) -> None:
             named = inspect.signature(loss.forward).bind(*given, **options).arguments
             for sources, side in zip(self._sources[name], ("teacher_out", "student_out"), strict=True):
                 if side in named:  # a subclass may have other arguments
-                    sources |= flow.sources(*as_outputs(named[side]).tensors)
+                    sources |= flow.sources(*outputs_of_side(loss, named[side]).tensors)
 
         hooks = [
             loss.register_forward_pre_hook(partial(note, name=name), with_kwargs=True)
