@@ -103,11 +103,11 @@ class CollapseMonitorCallback(Checked):
         if not self.history:
             return None
         last = []
-        for prefix, name in (("", ""), ("ibot/", "of patches ")):
+        for prefix, name in (("", ""), ("ibot/", "patch ")):
             values = next((row for row in reversed(self.history) if f"{prefix}loss" in row), None)
             if values is not None:
                 loss, share, kl, rank = (values[prefix + key] for key in ("loss", "loss_normalized", "kl", "rankme"))
-                last.append(f"loss {name}{loss:.3f} = {share:.3f} ln K, of which {kl:.3f} KL, and RankMe {rank:.1f}")
+                last.append(f"{name}loss {loss:.3f} = {share:.3f} ln K, of which {kl:.3f} KL, and RankMe {rank:.1f}")
         cases = ", ".join(map(case_of, self.diagnoses))
         return (
             f"looked at {self._measured} of {self._batches} batches, last with {', '.join(last)}; "

@@ -29,7 +29,8 @@ class TokenBackbone(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.mix, self.norm = nn.Conv2d(1, 8, 2, 2), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.embed, self.mix = nn.Conv2d(1, 8, 2, 2), nn.Linear(8, 8)
+        self.cls_norm, self.norm = nn.LayerNorm(8), nn.LayerNorm(8)
         self.mask_token = nn.Parameter(torch.zeros(8))
         self.positions = nn.Parameter(torch.randn(PATCHES, 8))
 
@@ -37,9 +38,9 @@ class TokenBackbone(nn.Module):
         patches = self.embed(images).flatten(2).transpose(1, 2)
         if masks is not None:
             patches = torch.where(masks.to(images.device)[..., None], self.mask_token, patches)
+        cls = self.cls_norm(patches.mean(dim=1) - patches[:, 0])
         patches = patches + self.positions[: patches.shape[1]]
-        patches = self.norm(patches + self.mix(nn.functional.gelu(patches.mean(dim=1, keepdim=True))))
-        return patches.mean(dim=1), patches
+        return cls, self.norm(patches + self.mix(nn.functional.gelu(cls))[:, None])
 
 
 class TinyDINOv2(LightningModule):
