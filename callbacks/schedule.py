@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from dino_head.callbacks._after_step import AfterScheduledStep
-from dino_head.losses import DINOLoss
+from dino_head.losses import CenteredLoss
 from dino_head.schedules import cosine_schedule
 
 LEARNING_RATE = ("lr", "initial_lr", "learning_rate")
@@ -193,10 +193,10 @@ class ScheduleCallback(AfterScheduledStep):
                     f'{type(pl_module).__name__}, such as "loss.teacher_temp" of a DINOLoss named loss, or '
                     '"Callback.attribute" of a callback of the Trainer'
                 )
-            if isinstance(owner, DINOLoss) and name == "teacher_temp" and owner.warmup_teacher_temp_epochs:
+            if isinstance(owner, CenteredLoss) and name == "teacher_temp" and owner.warmup_teacher_temp_epochs:
                 raise MisconfigurationException(
                     f"{self.target!r} has a warm-up over {owner.warmup_teacher_temp_epochs} epochs of its own: keep "
-                    "one of the two schedules, DINOLoss(..., warmup_teacher_temp_epochs=0)"
+                    f"one of the two schedules, {type(owner).__name__}(..., warmup_teacher_temp_epochs=0)"
                 )
         return owners
 

@@ -33,7 +33,7 @@ class TeacherUpdateCallback(AfterScheduledStep):
     """Updates the teacher and the center once after each optimizer step (arXiv:2104.14294, section 3.1).
 
         teacher <- m teacher + (1 - m) student,  m: cosine from base_momentum to final_momentum over the run
-        center of each DINOLoss:  updated with the logits of all micro-batches of the step
+        center of each loss:  updated with the logits of all micro-batches of the step
 
     Parameters are averaged, buffers are not: in train mode, the teacher's batch norm follows the teacher's own batches,
     as in the authors' code. A step that a GradScaler skips updates nothing; the next center update includes its logits.
@@ -41,9 +41,9 @@ class TeacherUpdateCallback(AfterScheduledStep):
     predictor.
 
     The update runs in `on_train_batch_end`, after the optimizer and before ModelCheckpoint, so a checkpoint at any step
-    contains the teacher of that step. During training, the callback also checks each value of a DINOLoss and raises
-    an error on all processes before a NaN on one of them reaches the weights. The host reads the value before the
-    optimizer's step, when backward is queued on the device.
+    contains the teacher of that step. During training, the callback also checks each value of a DINOLoss or
+    IBOTPatchLoss and raises an error on all processes before a NaN on one of them reaches the weights. The host reads
+    the value before the optimizer's step, when backward is queued on the device.
 
     At the first three updates, the last one of each epoch and the last of the run, the weights are compared with those
     before; `receipt` has the result. Updates with momentum 1, or of a teacher that equals the student, do not count.
@@ -209,14 +209,14 @@ class TeacherUpdateCallback(AfterScheduledStep):
             for expected, seen in zip(should_change.split(sizes), changed.split(sizes), strict=True)
             for flag in (expected.any(), (expected & seen).any())
         ]
-        for (center, is_expected), center_before in zip(centers.values(), centers_before, strict=True):
-            has_collected = torch.full_like(flags[0], is_expected)
-            flags += [has_collected, has_collected & (center != center_before).any() & center.isfinite().all()]
+        for (center, rows), center_before in zip(centers.values(), centers_before, strict=True):
+            flags += [rows > 0, (center != center_before).any() & center.isfinite().all()]
         processes = read(torch.stack(flags))
         names = [teacher for _, teacher in self.pairs] + list(centers)
         for name, expected, seen in zip(names, processes[::2], processes[1::2], strict=True):
             counts = self._seen.setdefault(name, [0, 0])
             if expected:
+                expected = self._world if name in centers else expected  # the rows of any process change all centers
                 counts[0] += seen == expected
                 counts[1] += 1
                 self._missed = max(self._missed, int(expected - seen))

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from dino_head.diagnosis import diagnose
+from dino_head.diagnosis import case_of, diagnose, is_collapse
 
 HEALTHY = {  # seen in epoch 30 of the digits
     "loss": 1.57,
@@ -56,6 +56,7 @@ def test_a_healthy_run_gets_no_diagnosis():
         ),
         ({"rankme": 1.3}, "dimensional collapse", ["1.30", "batch norm"]),
         ({"prototypes_used": 0.02}, "dead prototypes", ["10 of 512", "1280 rows", "output_dim", "harmless"]),
+        ({"sinkhorn_rows": 128}, "few samples for Sinkhorn", ["128 rows (images, all", "512 prototypes", "output_dim"]),
         (STUCK, "no collapse", ["9.80 nats", "0.88 ln K", "K = 65536", "9.40 of it", "0.40 are KL", "kNN"]),
     ],
 )
@@ -73,6 +74,7 @@ def test_each_case_is_named_with_its_numbers_and_knobs(change, case, words):
         {**STUCK, "output_dim": 512, "prototypes_used": 0.2},  # K is not large
         {**STUCK, "loss_change": -0.03},  # it falls
         {**STUCK, "loss_normalized": 0.5},  # it is low
+        {"sinkhorn_rows": 512},  # one for each prototype
         {"prototypes_used": 0.0005, "output_dim": 65536, "rows": 40},  # 40 rows cannot reach more
     ],
 )
@@ -80,8 +82,35 @@ def test_what_is_no_case(change):
     assert diagnose({**HEALTHY, **change}) is None
 
 
+@pytest.mark.parametrize(
+    ("change", "text", "failed"),
+    [
+        ({"prototype_perplexity": 1.2}, "patches: one-hot collapse: all patches get the same prototype", True),
+        ({"rankme": 1.3}, "patches: dimensional collapse: ", True),
+        ({"kl": math.nan}, "patches: not finite: kl. ", True),
+        ({"sinkhorn_rows": 128}, "patches: few samples for Sinkhorn: a batch has 128 rows (patches, all", False),
+        (STUCK, "patches: no collapse: ", False),
+    ],
+)
+def test_diagnoses_of_patches_name_them(change, text, failed):
+    found = diagnose({**HEALTHY, **change}, rows="patches")
+    assert found.startswith(text)
+    assert case_of(found) == ":".join(text.split(":")[:2])
+    assert is_collapse(found) == is_collapse(found.removeprefix("patches: ")) == failed
+    assert diagnose(HEALTHY, rows="patches") is None
+
+
+def test_other_rows_raise():
+    with pytest.raises(ValueError, match='rows must be "images" or "patches", got \'tokens\''):
+        diagnose(HEALTHY, rows="tokens")
+
+
 def test_a_collapse_is_named_before_a_large_k():
     assert diagnose({**HEALTHY, **STUCK, "rankme": 1.1}).startswith("dimensional collapse")
+
+
+def test_few_samples_for_sinkhorn_come_last():
+    assert diagnose({**HEALTHY, **STUCK, "sinkhorn_rows": 128}).startswith("no collapse")
 
 
 @pytest.mark.parametrize("missing", list(HEALTHY))

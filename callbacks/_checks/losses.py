@@ -1,4 +1,4 @@
-"""The DINOLoss modules of a LightningModule in training: center updates are deferred, loss values are checked."""
+"""The losses of a LightningModule in training: center updates are deferred, loss values are checked."""
 
 import inspect
 import math
@@ -10,16 +10,26 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from dino_head.functional._outputs import as_outputs
-from dino_head.losses import DINOLoss, has_processes
+from dino_head.functional._outputs import Outputs, as_outputs, as_token_outputs
+from dino_head.losses import CenteredLoss, IBOTPatchLoss, has_processes
+
+
+def losses_of(pl_module: LightningModule) -> dict[str, CenteredLoss]:
+    """Each DINOLoss and IBOTPatchLoss of the module, by name."""
+    return {name: module for name, module in pl_module.named_modules() if isinstance(module, CenteredLoss)}
+
+
+def outputs_of_side(loss: CenteredLoss, out: Any) -> Outputs:
+    """The argument of a loss for one side, as `Outputs`: of views, or of masked patches."""
+    return as_token_outputs(out) if isinstance(loss, IBOTPatchLoss) else as_outputs(out)
 
 
 class GuardedLosses:
-    """All DINOLoss modules of a LightningModule, with deferred center updates and a check for finite values.
+    """All losses of a LightningModule, with deferred center updates and a check for finite values.
 
-    Each call adds its value, and 0 or NaN for the outputs of both sides, to five numbers on the device. Before
-    backward they are reduced over all processes and copied to the host, without waiting. Before the optimizer's step,
-    when backward is queued, the host reads them. Under manual optimization, where the optimizer may be one that
+    Each call adds its value, and 0 or NaN for the outputs of both sides, to five numbers of its loss on the device.
+    Before backward they are reduced over all processes and copied to the host, without waiting. Before the optimizer's
+    step, when backward is queued, the host reads them. Under manual optimization, where the optimizer may be one that
     Lightning does not know, the host reads them before backward.
 
     The losses are guarded only within batches. Copies made between batches are then plain modules, and calls between
@@ -28,13 +38,15 @@ class GuardedLosses:
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule, pairs: Sequence[tuple[str, str]]) -> None:
         self.trainer, self.pl_module, self.pairs = trainer, pl_module, pairs
-        self.losses = {name: module for name, module in pl_module.named_modules() if isinstance(module, DINOLoss)}
+        self.losses = losses_of(pl_module)
         self.hooks: list[Any] = []
         self.were_deferred = {name: loss.defer_center_update for name, loss in self.losses.items()}
         self.collected: dict[str, Tensor] = {}  # sums for the centers, between batches
         self.note = torch.compiler.disable(self._note)  # excludes it from a compiled loss
         self.signatures = {loss: inspect.signature(loss.forward) for loss in self.losses.values()}
-        self.sums: Tensor | None = None  # (5,): of the loss; 0 or NaN for the extremes of teacher and student
+        self.indices = {loss: index for index, loss in enumerate(self.losses.values())}
+        # (number of losses, 5): of the loss; 0 or NaN for the extremes of teacher and student
+        self.sums: Tensor | None = None
         self.copies: list[_HostCopy] = []  # of the sums of this accumulation window's backward passes
 
     def guard(self) -> None:
@@ -60,10 +72,16 @@ class GuardedLosses:
         """Discard the sums of an interrupted step."""
         self.collected, self.sums, self.copies = {}, None, []
 
-    def moving_centers(self) -> dict[str, tuple[Tensor, bool]]:
-        """The centers that may change, by name, and whether this process has collected sums for them."""
+    def moving_centers(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The centers that may change, by name, and for how many rows this process has collected sums, on the device.
+
+        A batch without masked patches has no rows. The rows of any process change the center of all.
+        """
         return {
-            f"{name}.center": (loss.center, name in self.collected)
+            f"{name}.center": (
+                loss.center,
+                self.collected[name][-1] if name in self.collected else loss.center.new_zeros(()),
+            )
             for name, loss in self.losses.items()
             if loss.center is not None and loss.center_momentum < 1
         }
@@ -81,7 +99,7 @@ class GuardedLosses:
         """
         sums, self.sums = self.sums, None
         if has_processes():
-            sums = torch.zeros(5, device=self.pl_module.device) if sums is None else sums
+            sums = self._zeros(self.pl_module.device) if sums is None else sums
             dist.all_reduce(sums)
         if sums is not None:
             self.copies.append(_HostCopy(sums))
@@ -93,16 +111,27 @@ class GuardedLosses:
         if self.sums is not None:  # of a call without backward, whose logits the center has collected
             self.copies.append(_HostCopy(self.sums))
         copies, self.copies, self.sums = self.copies, [], None
-        for loss, *extremes in (copy.read() for copy in copies):
-            if not math.isfinite(loss):
-                teacher, student = sum(extremes[:2]), sum(extremes[2:])
-                sides = [self._weights_are_finite(side) for side in zip(*self.pairs, strict=True)]
-                center = all(loss.center is None or bool(loss.center.isfinite().all()) for loss in self.losses.values())
-                reason = explain((teacher, student), (sides[1], sides[0]), center_is_finite=center)
-                raise FloatingPointError(
-                    f"the loss is {loss} in epoch {self.trainer.current_epoch}, at optimizer step "
-                    f"{self.trainer.global_step}: {reason}. No update has used it"
-                )
+        for copy in copies:
+            for (name, loss), (value, *extremes) in zip(self.losses.items(), copy.read(), strict=True):
+                if not math.isfinite(value):
+                    self._raise_error(name, loss, value, (sum(extremes[:2]), sum(extremes[2:])))
+
+    def _raise_error(self, name: str, loss: CenteredLoss, value: float, outputs: tuple[float, float]) -> None:
+        sides = [self._weights_are_finite(side) for side in zip(*self.pairs, strict=True)]
+        reason = explain(
+            outputs,
+            (sides[1], sides[0]),
+            center_is_finite=loss.center is None or bool(loss.center.isfinite().all()),
+            of_patches=isinstance(loss, IBOTPatchLoss),
+        )
+        which = f" of {name} ({type(loss).__name__})" if len(self.losses) > 1 else ""
+        raise FloatingPointError(
+            f"the loss{which} is {value} in epoch {self.trainer.current_epoch}, at optimizer step "
+            f"{self.trainer.global_step}: {reason}. No update has used it"
+        )
+
+    def _zeros(self, device: torch.device) -> Tensor:
+        return torch.zeros(len(self.losses), 5, device=device)
 
     def _return_collected(self) -> None:
         for name, sums in self.collected.items():
@@ -110,14 +139,18 @@ class GuardedLosses:
         self.collected = {}
 
     @torch.no_grad()
-    def _note(self, loss: DINOLoss, arguments: tuple[Any, ...], options: dict[str, Any], value: object) -> None:
+    def _note(self, loss: CenteredLoss, arguments: tuple[Any, ...], options: dict[str, Any], value: object) -> None:
         if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
             return
         given = self.signatures[loss].bind(*arguments, **options).arguments
-        sides = [as_outputs(given[side]).rows if side in given else value for side in ("teacher_out", "student_out")]
-        sums = torch.stack([value, *(extreme for side in sides for extreme in side.aminmax())]).float()
+        numbers = [value]
+        for side in ("teacher_out", "student_out"):
+            rows = outputs_of_side(loss, given[side]).rows if side in given else value
+            numbers += (rows if rows.numel() else value).aminmax()  # there may be no masked patches
+        sums = torch.stack(numbers).float()
         sums[1:] *= 0  # NaN, if not finite
-        self.sums = sums if self.sums is None else self.sums + sums
+        self.sums = self._zeros(value.device) if self.sums is None else self.sums
+        self.sums[self.indices[loss]] += sums
         if not self.pl_module.automatic_optimization:
             value.register_hook(lambda _: self.require_finite())  # in case of a plain loss.backward()
 
@@ -127,7 +160,7 @@ class GuardedLosses:
 
 
 class _HostCopy:
-    """A copy of a small tensor (N,) in main memory, made without waiting for the device."""
+    """A copy of a small tensor in main memory, made without waiting for the device."""
 
     def __init__(self, values: Tensor) -> None:
         self.values, self.is_done = values, None
@@ -137,17 +170,21 @@ class _HostCopy:
             self.is_done = torch.cuda.Event()
             self.is_done.record()
 
-    def read(self) -> list[float]:
+    def read(self) -> list[list[float]]:
         """Wait only for the copy, not for work that was queued after it."""
         if self.is_done is not None:
             self.is_done.synchronize()
-        values: list[float] = self.values.tolist()
+        values: list[list[float]] = self.values.tolist()
         return values
 
 
-def explain(outputs: tuple[float, float], weights: tuple[bool, bool], *, center_is_finite: bool) -> str:
+def explain(
+    outputs: tuple[float, float], weights: tuple[bool, bool], *, center_is_finite: bool, of_patches: bool = False
+) -> str:
     """0 or NaN for the outputs of (teacher, student), whether their weights are finite -> cause and remedy."""
     names = ("teacher", "student")
+    rows = " for the masked patches" if of_patches else ""
+    parts = "mask token, drop path" if of_patches else "views, drop path"
     broken = [name for name, total in zip(names, outputs, strict=True) if not math.isfinite(total)]
     of_weights = [name for name, is_finite in zip(names, weights, strict=True) if not is_finite]
     if of_weights:
@@ -157,14 +194,14 @@ def explain(outputs: tuple[float, float], weights: tuple[bool, bool], *, center_
         )
     if len(broken) == 2:
         return (
-            "the outputs of teacher and student are not finite while their weights are: images or augmentation "
+            f"the outputs of teacher and student{rows} are not finite while their weights are: images or augmentation "
             "contain NaN or inf, or the precision overflows (use bf16 instead of fp16)"
         )
     if not center_is_finite:
         return "the center contains NaN or inf: resume from the last good checkpoint"
     if broken:
         return (
-            f"the outputs of the {broken[0]} are not finite while its weights and the other side are: check the parts "
-            f"that only the {broken[0]} uses (views, drop path, its own normalisation), or the precision"
+            f"the outputs of the {broken[0]}{rows} are not finite while its weights and the other side are: check the "
+            f"parts that only the {broken[0]} uses ({parts}, its own normalisation), or the precision"
         )
     return "the outputs of both sides are finite: logits over temperature overflow, use a higher temperature"

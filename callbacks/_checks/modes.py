@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dino_head.callbacks._checks.layout import Pairs, without_compile
-from dino_head.losses import DINOLoss
+from dino_head.callbacks._checks.losses import losses_of
 
 Modules = dict[str, nn.Module]
 
@@ -23,8 +23,8 @@ def check_modes(pl_module: LightningModule, pairs: Pairs) -> list[str]:
     """
     still = [
         name
-        for name, loss in pl_module.named_modules()
-        if isinstance(loss, DINOLoss) and loss.center is not None and loss.center_momentum < 1 and not loss.training
+        for name, loss in losses_of(pl_module).items()
+        if loss.center is not None and loss.center_momentum < 1 and not loss.training
     ]
     if still:
         call = f"{still[0]}.train()" if pl_module.training else "model.train()"

@@ -28,9 +28,9 @@ from dino_head.callbacks._checks.layout import (
     settings_for,
     without_compile,
 )
+from dino_head.callbacks._checks.losses import losses_of, outputs_of_side
 from dino_head.callbacks._checks.own_code import may_write
-from dino_head.functional._outputs import as_outputs
-from dino_head.losses import DINOLoss
+from dino_head.losses import CenteredLoss
 
 Sources = dict[str, tuple[set[str], set[str]]]
 
@@ -60,7 +60,7 @@ class TeacherCheck:
     def __init__(self, trainer: Trainer, pl_module: LightningModule, pairs: Pairs) -> None:
         self.pl_module, self.pairs = pl_module, pairs
         self.outcome, self.has_warned, self.wait = "not checked", False, STEPS
-        self._losses = {name: module for name, module in pl_module.named_modules() if isinstance(module, DINOLoss)}
+        self._losses = losses_of(pl_module)
         self._is_done = not self._losses
         self._steps = 0  # that changed a trained parameter
         self._batches = 0
@@ -97,8 +97,9 @@ class TeacherCheck:
             self._is_done, self.outcome = True, "none"
         elif self._steps > self.wait and self._found_teachers() and not self._is_early(changed, is_last):
             self._is_done, self.outcome = True, "none"
+            of_any = self._teachers()
             for teachers, students in self._sources.values():
-                self._judge(suspects, changed, teachers - students, students)
+                self._judge(suspects, changed, teachers - students, students, of_any)
 
     def _begin(self, trainer: Trainer) -> None:
         """Note the weights at the first batch, when all hooks that may set them have been called."""
@@ -138,13 +139,16 @@ class TeacherCheck:
             self._is_followed = False
         return just_now, changed | replaced
 
+    def _teachers(self) -> set[str]:
+        """Names of the parameters that feed only the teacher's outputs, of any loss."""
+        return {name for teachers, students in self._sources.values() for name in teachers - students}
+
     def _found_teachers(self) -> bool:
-        return any(teachers - students for teachers, students in self._sources.values())
+        return bool(self._teachers())
 
     def _is_early(self, changed: set[str], is_last: bool) -> bool:
         """Whether the user's code, which has updated nothing yet, may do so every k steps."""
-        teachers = {name for teachers, students in self._sources.values() for name in teachers - students}
-        may_follow = self._batches < LATE and not is_last and not self.pairs and not teachers & changed
+        may_follow = self._batches < LATE and not is_last and not self.pairs and not self._teachers() & changed
         return may_follow and self._has_own_code
 
     def follow_next(self) -> None:
@@ -180,11 +184,11 @@ class TeacherCheck:
     def _follow(self, training_step: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         flow = Flow(self._parameters)
 
-        def note(loss: nn.Module, given: tuple[Any, ...], options: dict[str, Any], *, name: str) -> None:
+        def note(loss: CenteredLoss, given: tuple[Any, ...], options: dict[str, Any], *, name: str) -> None:
             named = inspect.signature(loss.forward).bind(*given, **options).arguments
             for sources, side in zip(self._sources[name], ("teacher_out", "student_out"), strict=True):
                 if side in named:  # a subclass may have other arguments
-                    sources |= flow.sources(*as_outputs(named[side]).tensors)
+                    sources |= flow.sources(*outputs_of_side(loss, named[side]).tensors)
 
         hooks = [
             loss.register_forward_pre_hook(partial(note, name=name), with_kwargs=True)
@@ -197,10 +201,13 @@ class TeacherCheck:
             for hook in hooks:
                 hook.remove()
 
-    def _judge(self, suspects: set[str], changed: set[str], teachers: set[str], students: set[str]) -> None:
+    def _judge(
+        self, suspects: set[str], changed: set[str], teachers: set[str], students: set[str], of_any: set[str]
+    ) -> None:
         """Compare a loss's teacher parameters that did not change with the student's that did."""
         stuck = suspects & teachers
-        candidates = matching_pairs(self.pl_module, suspects - students, changed & self._trained, teachers)
+        # The head of one loss may resemble that of another, so no teacher's part counts as a student.
+        candidates = matching_pairs(self.pl_module, suspects - students, changed & self._trained, of_any)
         pairs = [
             (student, teacher)
             for student, teacher in candidates

@@ -32,11 +32,12 @@ class ReportCallback(Checked):
         Trainer(callbacks=[CollapseMonitorCallback(), KNNProbeCallback(train, test), ReportCallback("runs/mine"), ...])
 
     The page shows the results of the other callbacks: from CollapseMonitorCallback the loss split into entropy and KL
-    beside ln K, the rank, the schedules and the diagnoses; from KNNProbeCallback the accuracy; and all receipts. It
-    also shows features of labelled or unlabelled images: a map of the held-out images (principal components) and some
-    of them beside their nearest neighbours among the training images. For backbones with the methods of the authors'
-    models, it shows the first three principal components of the patch tokens as colours
-    (`get_intermediate_layers(images, n=1)`) and the attention of the class token (`get_last_selfattention(images)`).
+    beside ln K, also that of masked patches, the terms of the loss, the rank, the schedules and the diagnoses; from
+    KNNProbeCallback the accuracy; and all receipts. It also shows features of labelled or unlabelled images: a map of
+    the held-out images (principal components) and some of them beside their nearest neighbours among the training
+    images. For backbones with the methods of the authors' models, it shows the first three principal components of the
+    patch tokens as colours (`get_intermediate_layers(images, n=1)`) and the attention of the class token
+    (`get_last_selfattention(images)`).
 
     `curves.json` contains the curves; the report of another run can draw them with `reference`.
 
@@ -154,13 +155,15 @@ class ReportCallback(Checked):
         if not trainer.is_global_zero:
             return
         measurements, probes = monitor.history if monitor else [], probe.history if probe else []
+        terms = monitor.terms if monitor else []
         steps = trainer.estimated_stepping_batches
         if measurements or probes:
-            curves = {"steps": steps, "looks": measurements, "probes": probes}
+            curves = {"steps": steps, "looks": measurements, "probes": probes, **({"terms": terms} if terms else {})}
             _replace_file(self._folder / "curves.json", json.dumps(curves).encode())
         reference = None if self._reference is None else rescale_curves(self._reference, steps)
         pictures = []
-        for name, title, caption, figure in _charts().draw_charts(measurements, probes, train, test, maps, reference):
+        drawn = _charts().draw_charts(measurements, probes, train, test, maps, reference, terms)
+        for name, title, caption, figure in drawn:
             png = io.BytesIO()
             figure.savefig(png, format="png", dpi=100)
             pictures.append((title, caption, png.getvalue()))
@@ -176,7 +179,7 @@ class ReportCallback(Checked):
         receipts = [getattr(c, "receipt", None) for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
         text = render_page(
             subtitle,
-            _last_values(measurements, probes),
+            _last_values(measurements, probes, terms),
             monitor.diagnoses if monitor else [],
             _without_diagnosis(monitor),
             pictures,
@@ -244,16 +247,25 @@ def _replace_file(file: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
-def _last_values(measurements: list[dict[str, float]], probes: list[dict[str, float]]) -> dict[str, str]:
+def _last_values(
+    measurements: list[dict[str, float]], probes: list[dict[str, float]], terms: list[dict[str, float]]
+) -> dict[str, str]:
     """The last values, by their names on the page."""
     values = {}
-    for row in measurements[-1:]:
+    for row in [row for row in measurements if "loss" in row][-1:]:
         values["loss, nats"] = f"{row['loss']:.3f}"
         values["loss, normalized"] = f"{row['loss_normalized']:.3f}"
         values["teacher entropy"] = f"{row['teacher_entropy']:.3f}"
         values["KL"] = f"{row['kl']:.3f}"
         values["RankMe"] = f"{row['rankme']:.1f}"
         values["prototype perplexity"] = f"{row['prototype_perplexity']:.1f}"
+    for row in [row for row in measurements if "ibot/loss" in row][-1:]:
+        values["patch loss, nats"] = f"{row['ibot/loss']:.3f}"
+        values["patch loss, normalized"] = f"{row['ibot/loss_normalized']:.3f}"
+        values["patch KL"] = f"{row['ibot/kl']:.3f}"
+        values["patch RankMe"] = f"{row['ibot/rankme']:.1f}"
+    for row in [row for row in terms if "koleo" in row][-1:]:
+        values["KoLeo"] = f"{row['koleo']:.3f}"
     for row in probes[-1:]:
         values["kNN top-1"] = f"{100 * row['top1']:.2f}%"
     return values

@@ -5,6 +5,7 @@ Sizes: N samples, k neighbours, h and w patches.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,17 @@ SCHEDULES = {
     "teacher_temp": "teacher temperature",
     "teacher_momentum": "teacher momentum",
 }
+# The panel's title, and the name of the loss in the legend, by the prefix of its values.
+LOSSES = {
+    "": ("The loss is teacher entropy + KL", "loss"),
+    "ibot/": ("The loss of masked patches is teacher entropy + KL", "patch loss"),
+}
+TERMS = {
+    "loss": ("loss", "black"),
+    "dino": ("DINO", "tab:blue"),
+    "ibot": ("iBOT", "tab:orange"),
+    "koleo": ("KoLeo", "tab:green"),
+}
 AXES = ("first", "second")
 MAX_CLASSES = 20  # with separate colours and names
 SHOWN, NEIGHBOURS = 6, 6  # held-out images, and neighbours of each
@@ -51,6 +63,7 @@ def draw_charts(
     test: Samples | None,
     maps: PatchMaps,
     reference: Curves | None,
+    terms: History = (),
 ) -> list[Chart]:
     """Draw all charts for which there are data, with the curves of the reference for comparison."""
     charts = []
@@ -61,9 +74,13 @@ def draw_charts(
                 "The student lowers the KL. It cannot lower the teacher's entropy, which is ln K if the teacher is "
                 "uniform. A loss above ln K means that the student is far from its teacher."
             )
+        if any("ibot/loss" in row for row in measurements):
+            caption += " The loss of the masked patches (iBOT) is the mean over patches, split in the same way."
+        if terms:
+            caption += " Terms of the loss: means over each epoch, as the module logs them."
         if reference:
             caption += " Dashed: the reference, normalized by ln K, at the same share of its run."
-        figure = overview(measurements, probes, test, reference or {})
+        figure = overview(measurements, probes, test, reference or {}, terms)
         charts.append(Chart("overview", "Course of the run", caption, figure))
     if train is not None and test is not None and train.pictures is not None and test.pictures is not None:
         caption = "Held-out images (left) and the training images nearest to them, with their cosine similarity."
@@ -85,13 +102,19 @@ def read_pixels(file: Path) -> Any:
     return image.imread(file)
 
 
-def overview(measurements: History, probes: History, test: Samples | None, reference: Curves) -> Figure:
-    """Draw loss, rank and kNN, schedules, and a map of held-out features, if there are data."""
+def overview(
+    measurements: History, probes: History, test: Samples | None, reference: Curves, terms: History = ()
+) -> Figure:
+    """Draw the losses, rank and kNN, the terms, schedules, and a map of held-out features, if there are data."""
     panels: list[Any] = []
-    if measurements:
-        panels.append(lambda figure, spec: _loss(figure.add_subplot(spec), measurements, reference))
+    for prefix in LOSSES:
+        of_loss = _with(measurements, f"{prefix}loss")
+        if of_loss:
+            panels.append(partial(_loss, measurements=of_loss, reference=reference, prefix=prefix))
     if measurements or probes:
         panels.append(lambda figure, spec: _quality(figure.add_subplot(spec), measurements, probes, reference))
+    if terms:
+        panels.append(lambda figure, spec: _terms(figure, spec, terms))
     if measurements:
         panels.append(lambda figure, spec: _schedules(figure, spec, measurements))
     if test is not None:
@@ -141,22 +164,38 @@ def patches(images: Tensor, maps: PatchMaps) -> Figure:
     return figure
 
 
-def _loss(axis: Axes, measurements: History, reference: Curves) -> None:
-    steps, loss, entropy = (_column(measurements, name) for name in ("step", "loss", "teacher_entropy"))
-    ratios = (row["loss"] / row["loss_normalized"] for row in measurements if row["loss_normalized"] > 0)
+def _loss(figure: Figure, spec: Any, *, measurements: History, reference: Curves, prefix: str) -> None:
+    axis = figure.add_subplot(spec)
+    title, of_loss = LOSSES[prefix]
+    steps = _column(measurements, "step")
+    loss, entropy, normalized = (
+        _column(measurements, f"{prefix}{name}") for name in ("loss", "teacher_entropy", "loss_normalized")
+    )
+    ratios = (value / share for value, share in zip(loss, normalized, strict=True) if share > 0)
     limit = next(ratios, math.nan)  # ln K
     axis.fill_between(steps, entropy, color="tab:blue", alpha=0.25, linewidth=0, label="teacher entropy")
     axis.fill_between(steps, entropy, loss, color="tab:orange", alpha=0.4, linewidth=0, label="KL")
-    axis.plot(steps, loss, color="black", linewidth=1.2, label="loss", **_marker(steps))
+    axis.plot(steps, loss, color="black", linewidth=1.2, label=of_loss, **_marker(steps))
     for name, label, colour in (
-        ("loss_normalized", "reference: loss", "black"),
-        ("teacher_entropy_normalized", "reference: teacher entropy", "tab:blue"),
+        (f"{prefix}loss_normalized", f"reference: {of_loss}", "black"),
+        (f"{prefix}teacher_entropy_normalized", "reference: teacher entropy", "tab:blue"),
     ):
         if name in reference:
             x, shares = reference[name]
             axis.plot(x, [share * limit for share in shares], color=colour, label=label, **DASHED)
     axis.axhline(limit, color=GREY, linestyle="--", label=f"ln K = {limit:.2f}: uniform")
-    axis.set(title="The loss is teacher entropy + KL", ylabel="nats", xlabel="optimizer steps", ylim=(0, None))
+    axis.set(title=title, ylabel="nats", xlabel="optimizer steps", ylim=(0, None))
+    axis.legend(loc="best", edgecolor="none", fontsize="small")
+
+
+def _terms(figure: Figure, spec: Any, terms: History) -> None:
+    axis = figure.add_subplot(spec)
+    for name, (label, colour) in TERMS.items():
+        rows = _with(terms, name)
+        if rows:
+            axis.plot(_column(rows, "step"), _column(rows, name), color=colour, label=label, **_marker(rows))
+    axis.set(title="Terms of the loss, means over epochs", xlabel="optimizer steps", ylabel="as logged")
+    axis.set_xlim(*figure.axes[0].get_xlim())  # as for the loss
     axis.legend(loc="best", edgecolor="none", fontsize="small")
 
 
@@ -174,20 +213,26 @@ def _quality(axis: Axes, measurements: History, probes: History, reference: Curv
         axis.set_ylim(top=min(axis.get_ylim()[1], 100.5))
     if measurements:
         other = axis.twinx() if probes else axis
-        steps = _column(measurements, "step")
-        other.plot(steps, _column(measurements, "rankme"), color="tab:purple", label="RankMe", **_marker(steps))
+        kinds = [("rankme", "class tokens", "-"), ("ibot/rankme", "masked patches", ":")]
+        drawn = [(name, label, style) for name, label, style in kinds if _with(measurements, name)]
+        for name, label, style in drawn:
+            rows = _with(measurements, name)
+            x, y = _column(rows, "step"), _column(rows, name)
+            other.plot(x, y, color="tab:purple", label=label, linestyle=style, **_marker(rows))
         other.set_ylabel("RankMe of the embeddings", color="tab:purple")
         other.set_ylim(0, 1.08 * other.get_ylim()[1])
+        if len(drawn) > 1:
+            other.legend(loc="best", edgecolor="none", fontsize="small")
     names = ["kNN accuracy"] * bool(probes) + ["effective rank"] * bool(measurements)
     axis.set_title(" and ".join(names))
 
 
 def _schedules(figure: Figure, spec: Any, measurements: History) -> None:
-    names = [name for name in SCHEDULES if name in measurements[-1]]
+    names = [name for name in SCHEDULES if _with(measurements, name)]
     grid = spec.subgridspec(len(names), 1, hspace=0.08)
     for index, name in enumerate(names):
         axis = figure.add_subplot(grid[index])
-        known = [row for row in measurements if name in row]
+        known = _with(measurements, name)
         axis.plot(_column(known, "step"), _column(known, name), color="tab:blue", **_marker(known))
         axis.set_xlim(*figure.axes[0].get_xlim())  # as for the loss
         axis.margins(y=0.25)
@@ -230,6 +275,11 @@ def _visible_part(inputs: Tensor | None) -> str:
     part = " Volumes are shown by their middle slice." if inputs.dim() == 5 else ""
     channels = " Channels: the first, or the first three." if inputs.shape[1] not in (1, 3) else ""
     return part + channels
+
+
+def _with(history: History, name: str) -> History:
+    """The rows that have this value."""
+    return [row for row in history if name in row]
 
 
 def _column(history: History, name: str) -> list[float]:

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+NORMALIZED = [f"{loss}{name}_normalized" for loss in ("", "ibot/") for name in ("loss", "teacher_entropy")]
 Curves = dict[str, tuple[list[float], list[float]]]  # steps and values
 
 
@@ -29,11 +30,10 @@ def rescale_curves(reference: dict[str, Any], steps: float) -> Curves:
     is_finite = math.isfinite(steps) and math.isfinite(reference["steps"])
     scale = steps / reference["steps"] if is_finite else 1.0
     measurements, probes = reference["looks"], reference["probes"]
-    return {
-        name: ([row["step"] * scale for row in rows], [row[name] for row in rows])
-        for name, rows in (
-            ("loss_normalized", measurements),
-            ("teacher_entropy_normalized", measurements),
-            ("top1", probes),
-        )
-    }
+    curves = {}
+    for name, rows in (*((name, measurements) for name in NORMALIZED), ("top1", probes)):
+        points = [(row["step"] * scale, row.get(name)) for row in rows]
+        known = [(step, value) for step, value in points if value is not None]
+        if known:
+            curves[name] = [step for step, _ in known], [value for _, value in known]
+    return curves

@@ -4,7 +4,7 @@ import base64
 import html
 from collections.abc import Mapping, Sequence
 
-from dino_head.diagnosis import COLLAPSES
+from dino_head.diagnosis import is_collapse
 
 STYLE = """
 :root { color-scheme: light dark; --line: #d8dbe0; --soft: #f5f6f8; --ink: #1c1f24; --paper: #fff; --dim: #5b6470;
@@ -55,7 +55,7 @@ def render_page(
 
 
 def _severity(diagnosis: str) -> str:
-    return "bad" if diagnosis.split(":")[0] in COLLAPSES else "mild"
+    return "bad" if is_collapse(diagnosis) else "mild"
 
 
 def _text(value: str) -> str:

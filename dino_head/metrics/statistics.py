@@ -22,6 +22,9 @@ class DINOStatistics(PlottedMetric):
         loss = mean over t != s of H(p_t, q_s) = teacher_entropy + kl
         teacher_entropy = mean over t of H(p_t),  kl = mean over t != s of KL(p_t || q_s)
 
+    Outputs of one view on both sides, such as (1, M, K) of the M masked patches of IBOTPatchLoss, have only the pair
+    t = s, which then counts.
+
     The student cannot lower the teacher's entropy, which is at most ln K, the entropy of a uniform teacher. `compute`
     returns a dict of scalars:
 
@@ -145,9 +148,11 @@ def sums_of(log_p: Tensor, log_q: Tensor) -> dict[str, Tensor]:
     views, samples, count = log_p.shape
     p = log_p.exp()
     total = p.sum(dim=0)  # (b, K)
-    own = (p * log_q[:views]).sum()  # t = s, which the loss skips
+    loss, pairs = -(total * log_q.sum(dim=0)).sum(), views * len(log_q)
+    if pairs > 1:  # without t = s
+        loss, pairs = loss + (p * log_q[:views]).sum(), pairs - views
     return {
-        "loss": (own - (total * log_q.sum(dim=0)).sum()) / (views * (len(log_q) - 1)),
+        "loss": loss / pairs,
         "teacher_entropy": -(p * log_p).sum() / views,
         "student_entropy": -(log_q.exp() * log_q).sum() / len(log_q),
         "samples": p.new_full((), samples),

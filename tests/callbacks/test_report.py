@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny_dino import TinyDINO, TinyTokens, TinyViT, tiny_dino, view_loader
+from helpers.tiny_dinov2 import GivenMasks, masked_loader, tiny_dinov2
 from helpers.toy_training import rules, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule
@@ -104,6 +105,42 @@ def test_the_page_shows_the_results_of_the_other_callbacks(tmp_path):
         "student.head.last_layer", "teacher", "weight_decay", "looked", "knn/top1",
     ]  # fmt: skip
     assert report.receipt.startswith(f"{tmp_path / 'report' / 'report.html'} written 1 times, in ")
+
+
+def labels_of(axis):
+    return {line.get_label() for line in axis.lines}
+
+
+def test_the_page_of_a_module_with_several_terms_shows_them(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(charts, "overview", lambda *args: drawn.append(overview(*args)) or drawn[-1])
+    monitor = CollapseMonitorCallback(2, patience=1000)
+    module = tiny_dinov2(GivenMasks)
+    # The batches 0 and 1 of each epoch have no mask, so that some measurements have patches alone.
+    fit(module, *rules(), monitor, ReportCallback(tmp_path), data=masked_loader(none_in=range(8)))
+    page = Page(tmp_path / "report.html")
+    last, patches = monitor.history[-1], next(row for row in reversed(monitor.history) if "ibot/loss" in row)
+    values = dict(zip(page.texts["dt"], page.texts["dd"], strict=True))
+    assert values["loss, nats"] == f"{last['loss']:.3f}"
+    assert values["patch loss, nats"] == f"{patches['ibot/loss']:.3f}"
+    assert values["patch loss, normalized"] == f"{patches['ibot/loss_normalized']:.3f}"
+    assert values["patch KL"] == f"{patches['ibot/kl']:.3f}"
+    assert values["patch RankMe"] == f"{patches['ibot/rankme']:.1f}"
+    assert values["KoLeo"] == "0.500"
+    panels = {axis.get_title(): axis for axis in drawn[-1].axes}
+    loss, of_patches = panels["The loss is teacher entropy + KL"], panels[charts.LOSSES["ibot/"][0]]
+    assert "loss" in labels_of(loss)
+    (line,) = [line for line in of_patches.lines if line.get_label() == "patch loss"]
+    rows = [row for row in monitor.history if "ibot/loss" in row]
+    np.testing.assert_allclose(line.get_xydata(), [[row["step"], row["ibot/loss"]] for row in rows])
+    assert labels_of(panels["effective rank"]) == {"class tokens", "masked patches"}
+    lines = {line.get_label(): line.get_xydata() for line in panels["Terms of the loss, means over epochs"].lines}
+    for name, label in (("loss", "loss"), ("dino", "DINO"), ("ibot", "iBOT"), ("koleo", "KoLeo")):
+        np.testing.assert_allclose(lines[label], [[row["step"], row[name]] for row in monitor.terms])
+    fit(tiny_dinov2(), *watching(tmp_path / "other", reference=tmp_path / "curves.json")[::2])
+    assert "reference: patch loss" in labels_of(
+        {axis.get_title(): axis for axis in drawn[-1].axes}[charts.LOSSES["ibot/"][0]]
+    )
 
 
 def test_the_page_is_one_file_with_the_pictures_in_it(tmp_path):

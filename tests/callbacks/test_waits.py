@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.host_reads import ROOMS, ROOT, HostReads
 from helpers.tiny_dino import tiny_dino, view_loader
+from helpers.tiny_dinov2 import TinyDINOv2, tiny_dinov2
 from helpers.toy_training import trainer
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,6 +24,7 @@ from dino_head.callbacks import (
 from dino_head.metrics import DINOStatistics, KNNAccuracy, RankMe
 
 FLAG = ("losses.py", "read")
+MASKS = ("ibot.py", "_weights")  # reads their number, of masks on the CPU
 
 
 class During(Callback):
@@ -51,8 +53,10 @@ def all_callbacks(folder, module):
         TeacherUpdateCallback(base_momentum=0.9),
         ScheduleCallback("weight_decay", (0.04, 0.4)),
         CollapseMonitorCallback(every_n_steps=50),
-        KNNProbeCallback(loader, loader, k=3),
     ]
+    if isinstance(module, TinyDINOv2):
+        return callbacks
+    callbacks.append(KNNProbeCallback(loader, loader, k=3))
     return callbacks if module else [*callbacks, ReportCallback(folder, loader, loader)]
 
 
@@ -115,11 +119,19 @@ def test_between_checks_only_the_finite_flag_is_read(make, options, flags, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"centering": "sinkhorn"}, {"shared_head": True}], ids=str)
+def test_with_masked_patches_the_host_also_reads_the_masks_in_main_memory(options, tmp_path):
+    during = During(10, 20)
+    fit(tmp_path, during, tiny_dinov2(**options))
+    assert during.counts == {FLAG: 10, MASKS: 20}
+
+
+@pytest.mark.slow
 def test_a_check_makes_one_transfer(tmp_path):
     """Values are divided and printed on the host, after the one transfer."""
     during = During(0, 1)
     fit(tmp_path, during)
-    on_the_host = {"_values", "_changes", "effective_rank"}
+    on_the_host = {"_values", "_changes", "_has_rows", "effective_rank"}
     reads = {at: count for at, count in during.counts.items() if at[1] not in on_the_host}
     # `read`: one each for the weights at the start, the freeze and the teacher's update. `gather`: the monitor's.
     assert reads == {FLAG: 1, ("layout.py", "read"): 3, ("collapse_monitor.py", "gather"): 1}
@@ -139,6 +151,17 @@ def test_a_read_in_a_step_is_found(tmp_path):
     during = During(10, 20, rooms=[Path(__file__).resolve()])
     trainer(during, Reads(), TeacherUpdateCallback(), max_epochs=1).fit(tiny_dino(warmup_epochs=0), view_loader(24))
     assert during.counts == {("test_waits.py", "on_train_batch_end"): 3}
+
+
+@torch.library.custom_op("tests::reads", mutates_args=())
+def reads(x: torch.Tensor) -> torch.Tensor:
+    return x * x.sum().item()
+
+
+def test_a_read_in_a_custom_operator_is_found():
+    with HostReads(rooms=[Path(__file__).resolve()]) as found:
+        reads(torch.ones(2))
+    assert found.counts == {("test_waits.py", "reads"): 1}
 
 
 HOST = "of tensors on the host"

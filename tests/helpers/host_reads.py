@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parents[2]
@@ -15,6 +16,7 @@ aten = torch.ops.aten
 # Each makes the host wait for a GPU: the result is a Python value, or its shape depends on values.
 READS = {
     aten._local_scalar_dense,
+    aten.item,  # in a custom operator, where it is not decomposed
     aten.equal,
     aten.is_nonzero,
     aten.nonzero,
@@ -29,6 +31,8 @@ METHODS = ("cpu", "tolist", "numpy")  # on the CPU, they dispatch no operation
 
 class HostReads(TorchDispatchMode):
     """Counts reads by (file, function): the innermost frame outside torch, if it is in one of the rooms.
+
+    It also counts those in custom operators, whose functions it calls itself.
 
     Args:
         rooms: Folders and files.
@@ -52,6 +56,13 @@ class HostReads(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket in READS:
             self._note()
+        custom = OPDEFS.get(func._schema.name)
+        if custom is not None:
+            super().__enter__()
+            try:
+                return custom._init_fn(*args, **(kwargs or {}))
+            finally:
+                super().__exit__(None, None, None)
         return func(*args, **(kwargs or {}))
 
     def _noting(self, method: Any) -> Any:

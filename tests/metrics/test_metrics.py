@@ -10,6 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.nn import functional as F
 
 from dino_head import DINOLoss, FactoredLogits, dino_loss
+from dino_head.functional._outputs import as_token_outputs
 from dino_head.metrics import DINOStatistics, KNNAccuracy, RankMe
 from dino_head.metrics._neighbours import nearest
 
@@ -70,6 +71,38 @@ def test_the_statistics_are_what_their_definitions_say(kind):
     expected["loss_normalized"] = expected["loss"] / math.log(K)
     values = {name: value.item() for name, value in statistics.compute().items()}
     assert values == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_one_view_on_each_side_counts_as_its_own_pair():
+    """Such as masked patches; with more student views, the same view does not count."""
+    teacher, student = (side.logits() for side in sides(samples=9, teacher_views=1, student_views=1))
+    statistics = DINOStatistics(K)
+    statistics.update(teacher, student, **OPTIONS)
+    values = statistics.compute()
+    p = ((teacher[0].double() - OPTIONS["center"]) / OPTIONS["teacher_temp"]).softmax(-1)
+    log_q = (student[0].double() / OPTIONS["student_temp"]).log_softmax(-1)
+    kl = sum(F.kl_div(log_q[n], p[n], reduction="sum") for n in range(9)) / 9
+    assert values["kl"].item() == pytest.approx(kl.item(), rel=1e-5)
+    assert values["loss"].item() == pytest.approx(-(p * log_q).sum(-1).mean().item(), rel=1e-5)
+    statistics.reset()
+    statistics.update(teacher, torch.cat([student, torch.zeros_like(student)]), **OPTIONS)
+    assert statistics.compute()["loss"].item() == pytest.approx(math.log(K), rel=1e-6)  # of the uniform view alone
+
+
+@pytest.mark.parametrize("factored", [True, False])
+def test_no_rows_add_nothing(factored):
+    """A batch without masked patches, in the loss's internal form."""
+    sides = [
+        as_token_outputs(FactoredLogits(torch.zeros(n, D), torch.ones(K, D)) if factored else torch.zeros(n, K))
+        for n in (3, 0)
+    ]
+    statistics = DINOStatistics(K)
+    statistics.update(sides[1], sides[1])
+    assert not any(value.any() for value in statistics.sums().values())
+    statistics.update(sides[0], sides[0])
+    statistics.update(sides[1], sides[1])
+    assert statistics.compute()["rows"] == 3
+    assert statistics.compute()["loss"].item() == pytest.approx(math.log(K))
 
 
 @pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
