@@ -1,10 +1,11 @@
 import copy
+import functools
 import math
 
 import pytest
 import torch
-from helpers.dinov2 import Given, dinov2, image_loader
-from helpers.tiny_dino import crops
+from helpers.tiny_dino import crops, view_loader
+from helpers.tiny_dinov2 import TinyDINOv2, TokenBackbone, tiny_dinov2
 from helpers.toy_training import trainer
 from torch import nn
 
@@ -12,6 +13,8 @@ from dino_head import DINOLoss, DINOProjectionHead, FactoredLogits, IBOTPatchLos
 from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
 from dino_head.examples.dinov2_module import DINOv2
 from dino_head.functional.ibot import reference_ibot_patch_loss
+
+dinov2 = functools.partial(tiny_dinov2, make_optimizer=None)
 
 
 @pytest.mark.parametrize("shared_head", [True, False])
@@ -43,7 +46,7 @@ def test_a_training_step_returns_the_loss_of_the_definition(shared_head):
 
 def test_training_never_computes_the_logits(monkeypatch):
     monkeypatch.setattr(FactoredLogits, "logits", lambda *args: pytest.fail("multiplied"))
-    trainer(max_epochs=1).fit(dinov2(), image_loader())
+    trainer(max_epochs=1).fit(dinov2(), view_loader())
 
 
 def test_only_the_students_global_views_are_masked():
@@ -53,7 +56,7 @@ def test_only_the_students_global_views_are_masked():
             lambda backbone, inputs: seen.append((backbone.training, inputs[0].shape[2], *inputs[1:]))
         )
     expected = module.views(torch.zeros(4, 1, 8, 8), 0)[1].flatten(1)
-    trainer(max_steps=1).fit(module, image_loader())
+    trainer(max_steps=1).fit(module, view_loader())
     (*student_global, masks), student_local, teacher_global = sorted(seen, key=len, reverse=True)
     assert student_global == [True, 8]
     assert torch.equal(masks, expected)
@@ -73,14 +76,14 @@ def test_masks_are_made_on_the_cpu_and_follow_seed_epoch_and_batch():
 
 
 def test_the_teacher_stays_in_evaluation_mode_and_drop_path_acts_on_the_student_alone():
-    module = dinov2(drop=0.5)
+    module = dinov2(backbone=TokenBackbone(drop=0.5))
     modes = []
     module.student["backbone"].eval()  # as from_pretrained leaves it
-    module = dinov2(kind=Validated, backbone=module.student["backbone"])
+    module = dinov2(Validated, backbone=module.student["backbone"])
     for side in (module.student, module.teacher):
         side["backbone"].drop.register_forward_hook(lambda drop, inputs, out: modes.append(drop.training))
     trainer(FreezeLastLayerCallback(), TeacherUpdateCallback(), max_epochs=2).fit(
-        module, image_loader(2), image_loader(1)
+        module, view_loader(2), view_loader(1)
     )
     assert sorted(modes) == [False] * 4 + [True] * 4 * 2
     module.train()
@@ -88,7 +91,7 @@ def test_the_teacher_stays_in_evaluation_mode_and_drop_path_acts_on_the_student_
     assert not any(part.training for part in module.teacher.modules())
 
 
-class Validated(DINOv2):
+class Validated(TinyDINOv2):
     def validation_step(self, batch, batch_idx):
         assert not self.training
 
@@ -121,14 +124,14 @@ def test_each_part_is_clipped_by_itself():
                       for name, part in module.student.items()})  # fmt: skip
 
     module.configure_gradient_clipping = spy
-    trainer(max_steps=1).fit(module, image_loader())
+    trainer(max_steps=1).fit(module, view_loader())
     assert norms == pytest.approx(dict.fromkeys(("backbone", "head", "patch_head"), 1e-3), rel=1e-2)
 
 
 def test_the_learning_rates_fall_from_the_heads_to_the_embeddings():
     module = dinov2(learning_rate=1e-2, layer_decay=0.5, patch_embed_lr_mult=0.2, warmup_epochs=0)
     rates = {}
-    trainer(max_steps=1).fit(module, image_loader())
+    trainer(max_steps=1).fit(module, view_loader())
     names = {id(parameter): name for name, parameter in module.student.named_parameters()}
     for group in module.trainer.optimizers[0].param_groups:
         rates |= {names[id(parameter)]: group["initial_lr"] for parameter in group["params"]}
@@ -142,12 +145,12 @@ def test_the_learning_rates_fall_from_the_heads_to_the_embeddings():
 def test_a_batch_of_one_image_is_refused():
     """KoLeo has no neighbour in it."""
     with pytest.raises(ValueError, match="koleo_loss needs a sample and 2 candidates, got 1 and 1: use a larger batch"):
-        trainer(max_steps=1).fit(dinov2(), image_loader(batch_size=1))
+        trainer(max_steps=1).fit(dinov2(), view_loader(batch_size=1))
 
 
 def test_the_terms_are_logged_as_means_over_each_epoch_and_add_up():
     module = dinov2()
-    trainer(max_epochs=1).fit(module, image_loader())
+    trainer(max_epochs=1).fit(module, view_loader())
     logged = module.trainer.callback_metrics
     total = logged["dino"] + logged["ibot"] + 0.1 * logged["koleo"]
     assert logged["loss"].item() == pytest.approx(total.item())
@@ -161,7 +164,7 @@ def test_the_published_rules_run_together():
         TeacherUpdateCallback(base_momentum=0.992),
         ScheduleCallback("weight_decay", (0.04, 0.4)),
     ]
-    trainer(*rules, max_epochs=1).fit(module, image_loader())
+    trainer(*rules, max_epochs=1).fit(module, view_loader())
     for name in ("head", "patch_head"):
         assert torch.equal(module.student[name].last_layer.weight_v, before[name].last_layer.weight_v)
         assert not torch.equal(module.student[name].layers[0].weight, before[name].layers[0].weight)
@@ -169,9 +172,12 @@ def test_the_published_rules_run_together():
     assert math.isfinite(module.trainer.callback_metrics["loss"])
 
 
-def test_given_masks_are_used():
-    masks = torch.zeros(8, 4, 4, dtype=torch.bool)
-    module = dinov2(kind=Given)
-    module.masks = [masks] * 4  # none in any view
-    trainer(max_epochs=1).fit(module, image_loader())
+def test_a_subclass_may_give_the_masks():
+    class Unmasked(TinyDINOv2):
+        def views(self, batch, batch_idx):
+            views, masks = super().views(batch, batch_idx)
+            return views, torch.zeros_like(masks)
+
+    module = dinov2(Unmasked)
+    trainer(max_epochs=1).fit(module, view_loader())
     assert module.trainer.callback_metrics["ibot"] == 0

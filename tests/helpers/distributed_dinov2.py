@@ -33,8 +33,7 @@ def unequal(folder: Path) -> dict[str, dict[str, Any]]:
     """Weights, centers, receipts and measurements of runs in which the processes have unequal numbers of patches."""
     results = {}
     for name, (module_options, options) in CASES.items():
-        module = tiny_dinov2(GivenMasks, **module_options)
-        module.make_optimizer = sgd
+        module = tiny_dinov2(GivenMasks, make_optimizer=sgd, koleo_weight=0.0, **module_options)
         callbacks = [*rules(), CollapseMonitorCallback(1, patience=1000)]
         data = halves(with_masks(8, none_in=NONE_IN))
         trainer(*callbacks, **devices(), **options).fit(module, data)
