@@ -54,7 +54,7 @@ def from_markdown(app: Any, what: str, name: str, target: Any, options: Any, lin
         if line and not code and not is_doctest:
             before = indent
             parts = re.split(r"`+", line)  # text and code in turn
-            parts[::2] = [re.sub(r"\*(?=\w)", r"\\*", part) for part in parts[::2]]
+            parts[::2] = [re.sub(r"\*(?=\w)|\|", r"\\\g<0>", part) for part in parts[::2]]
             line = "``".join(parts)
         if number and lines[number - 1] == "Returns:":  # napoleon takes the text before the first colon as the type
             line = f"{' ' * indent}: {line[indent:]}"
