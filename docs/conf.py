@@ -31,9 +31,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 
 
-SECTIONS = ("Args:", "Attributes:", "Returns:", "Raises:")
-
-
 def formula(translator: Any, node: nodes.Element) -> None:
     """Render a formula as MathML, which browsers support directly."""
     display = "block" if isinstance(node, nodes.math_block) else "inline"
@@ -42,14 +39,26 @@ def formula(translator: Any, node: nodes.Element) -> None:
 
 
 def from_markdown(app: Any, what: str, name: str, target: Any, options: Any, lines: list[str]) -> None:
-    """Convert code in docstrings, in single backticks or indented by four spaces, to reStructuredText."""
+    """Convert code in docstrings, in single backticks or in indented paragraphs, to reStructuredText."""
     text: list[str] = []
+    before = code = 0  # indentation of the text before a line, and of the code that the line is in
+    is_doctest = False
     for number, line in enumerate(lines):
-        before = next((other for other in reversed(lines[:number]) if other.strip()), "")
-        begins = line.startswith("    ") and number > 0 and not lines[number - 1].strip()
-        if begins and not before.startswith(("    ", *SECTIONS)):
-            text += ["::", ""]
-        text.append(re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line))
+        indent = len(line) - len(line.lstrip())
+        is_doctest = bool(line) and (is_doctest or line.lstrip().startswith(">>>"))
+        if line and number and not lines[number - 1] and not code and indent >= before + 4:
+            text += [" " * before + "::", ""]
+            code = indent
+        elif line and indent < code:
+            code = 0
+        if line and not code and not is_doctest:
+            before = indent
+            parts = re.split(r"`+", line)  # text and code in turn
+            parts[::2] = [re.sub(r"\*(?=\w)|\|", r"\\\g<0>", part) for part in parts[::2]]
+            line = "``".join(parts)
+        if number and lines[number - 1] == "Returns:":  # napoleon takes the text before the first colon as the type
+            line = f"{' ' * indent}: {line[indent:]}"
+        text.append(line)
     lines[:] = text
 
 

@@ -150,7 +150,8 @@ def test_the_page_of_weights(beside_a_digits_run, tmp_path, capsys):
     sides["teacher"]["backbone.norm.weight"] = torch.ones(3)
     center = {"dino_loss": {"center": torch.randn(1, 65536)}}
     torch.save({**sides, **center, "args": argparse.Namespace()}, "dino_vitbase16_pretrain_full_checkpoint.pth")
-    torch.save({"teacher": sides["teacher"] | {"head.last_layer2.weight_g": torch.ones(2)}}, "ibot.pth")
+    patches = {"head.last_layer2.weight_g": torch.ones(7, 1), "head.last_layer2.weight_v": torch.randn(7, 4)}
+    torch.save({"teacher": sides["teacher"] | patches}, "ibot.pth")
     sequential = [nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4), nn.Identity()]
     sequential = nn.Sequential(*sequential, nn.Linear(4, 12, bias=False))
     flat = {f"projector.teacher.{key}": value for key, value in sequential.state_dict().items()}
@@ -166,6 +167,8 @@ def test_the_page_of_weights(beside_a_digits_run, tmp_path, capsys):
             expected = sequential[-1](nn.functional.normalize(sequential[:-1](x), dim=-1))
             torch.testing.assert_close(namespace["projector"](x), expected)
             assert torch.equal(namespace["head"].last_layer.weight_v, theirs["last_layer.weight_v"])
+            assert torch.equal(namespace["patch_head"].last_layer.weight_v, patches["head.last_layer2.weight_v"])
+            assert torch.equal(namespace["patch_head"].layers[0].weight, theirs["mlp.0.weight"])
         if "dino_loss" in code:
             assert torch.equal(namespace["loss"].center[0], center["dino_loss"]["center"])
             assert namespace["weights"].keys() == {"norm.weight"}
