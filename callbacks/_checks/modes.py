@@ -9,6 +9,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from dino_head.callbacks._checks.layout import Pairs, without_compile
 from dino_head.callbacks._checks.losses import losses_of
+from dino_head.head import DINOProjectionHead
+from dino_head.losses import IBOTPatchLoss
 
 Modules = dict[str, nn.Module]
 
@@ -19,8 +21,10 @@ def check_modes(pl_module: LightningModule, pairs: Pairs) -> list[str]:
     Only modules that act differently in training matter: batch norm, dropout, drop path, random positions.
 
     Raises:
-        MisconfigurationException: A loss with a center, or all such modules of a student, are in evaluation mode.
+        MisconfigurationException: A loss with a center, or all such modules of a student, are in evaluation mode; or
+            the head of an IBOTPatchLoss has batch norm.
     """
+    _check_patch_heads(pl_module)
     still = [
         name
         for name, loss in losses_of(pl_module).items()
@@ -38,6 +42,25 @@ def check_modes(pl_module: LightningModule, pairs: Pairs) -> list[str]:
         warnings += _check_student(pl_module, student, norms | random)
         warnings += _check_teacher(pl_module, student, teacher)
     return warnings
+
+
+def _check_patch_heads(pl_module: LightningModule) -> None:
+    heads = {name: module for name, module in pl_module.named_modules() if isinstance(module, DINOProjectionHead)}
+    for name, loss in losses_of(pl_module).items():
+        possible = {head: module for head, module in heads.items() if _outputs(module) == loss.output_dim}
+        # Those whose name says so, or all, some of which may be for class tokens.
+        of_patches = [head for head in possible if "patch" in head or "ibot" in head] or list(possible)
+        with_norm = [head for head in of_patches if any(map(_has_statistics, possible[head].modules()))]
+        if isinstance(loss, IBOTPatchLoss) and with_norm and len(with_norm) == len(of_patches):
+            raise MisconfigurationException(
+                f"the patch head ({_listed(with_norm)}) of {name} has batch norm, which raises an error in a batch "
+                "without masked patches, and the other processes would wait for this one: use "
+                "DINOProjectionHead(batch_norm=False)"
+            )
+
+
+def _outputs(head: DINOProjectionHead) -> int:
+    return next((len(parameter) for parameter in head.last_layer.parameters()), 0)
 
 
 def _check_student(pl_module: LightningModule, student: str, modules: Modules) -> list[str]:

@@ -12,7 +12,13 @@ from helpers.toy_training import rules, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
-from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
+from dino_head import DINOProjectionHead
+from dino_head.callbacks import (
+    CollapseMonitorCallback,
+    FreezeLastLayerCallback,
+    ScheduleCallback,
+    TeacherUpdateCallback,
+)
 from dino_head.callbacks.testing import (
     assert_accumulation_invariant,
     assert_resume_invariant,
@@ -110,6 +116,32 @@ def test_a_patch_loss_in_evaluation_mode_raises():
     module.patch_loss.eval()
     with pytest.raises(MisconfigurationException, match=r"^patch_loss is in evaluation mode, .* patch_loss.train\(\)"):
         fit(module)
+
+
+def with_norm(*names):
+    """Heads with batch norm, as a module of one's own may have them."""
+    module = tiny_dinov2(shared_head=names == ("head",))
+    for side in (module.student, module.teacher):
+        for name in names:
+            side[name] = DINOProjectionHead(8, 8, 4, 16)
+    return module
+
+
+@pytest.mark.parametrize("names", [("head",), ("patch_head",)])
+def test_a_patch_head_with_batch_norm_raises(names):
+    message = (
+        rf"the patch head \(student.{names[0]}, teacher.{names[0]}\) of patch_loss has batch norm, .* batch_norm=Fa"
+    )
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(with_norm(*names), CollapseMonitorCallback())
+
+
+@pytest.mark.filterwarnings("ignore:the teacher's batch norm", "ignore:teacher does not follow")
+def test_batch_norm_in_the_head_of_the_class_tokens_is_allowed():
+    module = tiny_dinov2()
+    for side in (module.student, module.teacher):
+        side["head"] = DINOProjectionHead(8, 8, 4, 16)
+    fit(module, CollapseMonitorCallback(), max_epochs=1)
 
 
 # The freeze.
