@@ -158,9 +158,9 @@ class TeacherUpdateCallback(AfterScheduledStep):
             self._losses.guard()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Start to copy the values of the losses to the host."""
+        """Start to copy the values of the losses, and of `loss`, to the host."""
         if self._losses is not None:
-            self._losses.reduce()
+            self._losses.reduce(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Raise an error if a value of the losses is not finite."""

@@ -4,6 +4,7 @@ Sizes: V views of all images, d axes of the grid, N patches of a view.
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from numbers import Real
@@ -67,6 +68,12 @@ def random_block_masks(
     """
     grid = _check(views, grid, probability, ratio, generator)
     patches, masked_views = math.prod(grid), int(views * probability)
+    if probability and not masked_views:
+        warnings.warn(
+            f"random_block_masks masks none of {views} views, because int({views} * {probability}) is 0: raise the "
+            "probability, or use larger batches",
+            stacklevel=2,
+        )
     with torch.device("cpu"):  # whatever the default device is
         edges = torch.linspace(*ratio, masked_views + 1, dtype=torch.float64)
         shares = edges[1:]

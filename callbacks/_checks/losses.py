@@ -28,7 +28,8 @@ class GuardedLosses:
     """All losses of a LightningModule, with deferred center updates and a check for finite values.
 
     Each call adds its value, and 0 or NaN for the outputs of both sides, to five numbers of its loss on the device.
-    Before backward they are reduced over all processes and copied to the host, without waiting. Before the optimizer's
+    The value that training_step returns, which may have other terms, is added to a last row. Before backward they are
+    reduced over all processes and copied to the host, without waiting. Before the optimizer's
     step, when backward is queued, the host reads them. Under manual optimization, where the optimizer may be one that
     Lightning does not know, the host reads them before backward.
 
@@ -45,7 +46,7 @@ class GuardedLosses:
         self.note = torch.compiler.disable(self._note)  # excludes it from a compiled loss
         self.signatures = {loss: inspect.signature(loss.forward) for loss in self.losses.values()}
         self.indices = {loss: index for index, loss in enumerate(self.losses.values())}
-        # (number of losses, 5): of the loss; 0 or NaN for the extremes of teacher and student
+        # (number of losses + 1, 5): the value; 0 or NaN for the extremes of teacher and student
         self.sums: Tensor | None = None
         self.copies: list[_HostCopy] = []  # of the sums of this accumulation window's backward passes
 
@@ -92,17 +93,17 @@ class GuardedLosses:
         for loss in self.losses.values():
             loss.apply_center_update()
 
-    def reduce(self) -> None:
+    def reduce(self, total: Tensor) -> None:
         """Reduce the sums of the calls so far over all processes, and start to copy them to the host.
 
-        All processes have to call it, as they do before backward.
+        All processes have to call it, as they do before backward, with the value of which backward is computed.
         """
-        sums, self.sums = self.sums, None
+        sums = self._zeros(total.device) if self.sums is None else self.sums
+        sums[-1, 0] += total.detach().sum()
         if has_processes():
-            sums = self._zeros(self.pl_module.device) if sums is None else sums
             dist.all_reduce(sums)
-        if sums is not None:
-            self.copies.append(_HostCopy(sums))
+        self.copies.append(_HostCopy(sums))
+        self.sums = None
         if not self.pl_module.automatic_optimization:
             self.require_finite()
 
@@ -112,26 +113,37 @@ class GuardedLosses:
             self.copies.append(_HostCopy(self.sums))
         copies, self.copies, self.sums = self.copies, [], None
         for copy in copies:
-            for (name, loss), (value, *extremes) in zip(self.losses.items(), copy.read(), strict=True):
+            *of_losses, (total, *_) = copy.read()
+            for (name, loss), (value, *extremes) in zip(self.losses.items(), of_losses, strict=True):
                 if not math.isfinite(value):
-                    self._raise_error(name, loss, value, (sum(extremes[:2]), sum(extremes[2:])))
+                    which = f" of {name} ({type(loss).__name__})" if len(self.losses) > 1 else ""
+                    self._raise_error(which, value, self._explain(loss, extremes))
+            if not math.isfinite(total):
+                finite = f"the value of {' and '.join(self.losses)} is finite, so that " if self.losses else ""
+                self._raise_error(
+                    " that training_step returns",
+                    total,
+                    f"{finite}another term of it is not: check the terms that training_step computes by itself, and "
+                    "that it calls the losses as modules, loss(...) and not loss.forward(...)",
+                )
 
-    def _raise_error(self, name: str, loss: CenteredLoss, value: float, outputs: tuple[float, float]) -> None:
-        sides = [self._weights_are_finite(side) for side in zip(*self.pairs, strict=True)]
-        reason = explain(
-            outputs,
-            (sides[1], sides[0]),
-            center_is_finite=loss.center is None or bool(loss.center.isfinite().all()),
-            of_patches=isinstance(loss, IBOTPatchLoss),
-        )
-        which = f" of {name} ({type(loss).__name__})" if len(self.losses) > 1 else ""
+    def _raise_error(self, which: str, value: float, reason: str) -> None:
         raise FloatingPointError(
             f"the loss{which} is {value} in epoch {self.trainer.current_epoch}, at optimizer step "
             f"{self.trainer.global_step}: {reason}. No update has used it"
         )
 
+    def _explain(self, loss: CenteredLoss, extremes: list[float]) -> str:
+        sides = [self._weights_are_finite(side) for side in zip(*self.pairs, strict=True)]
+        return explain(
+            (sum(extremes[:2]), sum(extremes[2:])),
+            (sides[1], sides[0]),
+            center_is_finite=loss.center is None or bool(loss.center.isfinite().all()),
+            of_patches=isinstance(loss, IBOTPatchLoss),
+        )
+
     def _zeros(self, device: torch.device) -> Tensor:
-        return torch.zeros(len(self.losses), 5, device=device)
+        return torch.zeros(len(self.losses) + 1, 5, device=device)
 
     def _return_collected(self) -> None:
         for name, sums in self.collected.items():

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from dino_head.callbacks._checks.layout import Pairs, without_compile
 from dino_head.callbacks._checks.losses import losses_of
 from dino_head.head import DINOProjectionHead
-from dino_head.losses import IBOTPatchLoss
+from dino_head.losses import CenteredLoss, IBOTPatchLoss
 
 Modules = dict[str, nn.Module]
 
@@ -21,9 +21,10 @@ def check_modes(pl_module: LightningModule, pairs: Pairs) -> list[str]:
     Only modules that act differently in training matter: batch norm, dropout, drop path, random positions.
 
     Raises:
-        MisconfigurationException: A loss with a center, or all such modules of a student, are in evaluation mode; or
-            the head of an IBOTPatchLoss has batch norm.
+        MisconfigurationException: A loss with a center, or all such modules of a student, are in evaluation mode; the
+            head of an IBOTPatchLoss has batch norm; or a loss is in a plain list or dict.
     """
+    _check_registration(pl_module)
     _check_patch_heads(pl_module)
     still = [
         name
@@ -42,6 +43,18 @@ def check_modes(pl_module: LightningModule, pairs: Pairs) -> list[str]:
         warnings += _check_student(pl_module, student, norms | random)
         warnings += _check_teacher(pl_module, student, teacher)
     return warnings
+
+
+def _check_registration(pl_module: LightningModule) -> None:
+    for name, value in vars(pl_module).items():
+        if name.startswith("_") or not isinstance(value, (list, tuple, dict)):
+            continue
+        if any(isinstance(item, CenteredLoss) for item in (value.values() if isinstance(value, dict) else value)):
+            raise MisconfigurationException(
+                f"the losses in the {type(value).__name__} {type(pl_module).__name__}.{name} are no submodules: their "
+                "centers would be on another device, in no checkpoint and updated in every micro-batch. Use "
+                "nn.ModuleList or nn.ModuleDict"
+            )
 
 
 def _check_patch_heads(pl_module: LightningModule) -> None:

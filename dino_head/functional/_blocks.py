@@ -30,7 +30,7 @@ def objective(
     student_temp: float,
     block_bytes: int,
 ) -> Tensor:
-    """Cross-entropies of outputs that match: their mean, or their sum with `weights` (B,) >= 0 of the samples.
+    """Cross-entropies of outputs that match: their mean, or their sum with `weights` (B,) of the samples.
 
     Neither the teacher nor the center nor the weights get a gradient.
     """
@@ -216,7 +216,7 @@ class _Objective(torch.autograd.Function):
         if weights is None:
             unit = 1 / (len(teacher) * (len(student) - 1) * student.shape[1])  # of pairs of views and samples
         else:  # the largest weight is 1 in the products, because small ones would vanish in float16
-            unit = F.pad(weights, (0, 1)).amax().clamp(min=torch.finfo(weights.dtype).tiny)
+            unit = F.pad(weights.abs(), (0, 1)).amax().clamp(min=torch.finfo(weights.dtype).tiny)
             weights = weights / unit
         run = _opaque_sum_and_gradients if torch.compiler.is_compiling() else _sum_and_gradients
         needed = ctx.needs_input_grad[2:4]

@@ -38,7 +38,7 @@ def ibot_patch_loss(
         teacher_out: Outputs for the M masked patches: logits (M, K), or FactoredLogits with z (M, D). M may be 0, which
             gives a loss of 0 and gradients of 0.
         student_out: Outputs of the same kind, in the same order.
-        weights: Weights (M,) >= 0 on the device of the outputs; they get no gradient.
+        weights: Weights (M,) on the device of the outputs; they get no gradient.
         center: Values (K,) or (1, 1, K), or a number, subtracted from the teacher's logits.
         teacher_temp: Temperature of the teacher, > 0.
         student_temp: Temperature of the student, > 0.

@@ -31,8 +31,8 @@ def koleo_loss(x: Tensor, *, topk: int = 1, candidates: Tensor | None = None, of
     with `sync_grads=True` back to the process of the neighbour. Every process must have the same number of samples.
 
     The loss is computed in float32 or higher, under autocast as well. Duplicates, nearer than 1e-6, and zero vectors
-    have no direction in which to move apart, so that they get no gradient from each other. Where features are NaN, so
-    is the loss.
+    have no direction in which to move apart, so that they get no gradient from each other. If features are NaN, or if
+    the rows of the candidates from `offset` are not those of x, the loss is NaN.
 
     Args:
         x: Features (B, D) of one view, before the head.
@@ -45,7 +45,7 @@ def koleo_loss(x: Tensor, *, topk: int = 1, candidates: Tensor | None = None, of
 
     Raises:
         ValueError: Features that are not floating-point matrices of the same width, fewer than 2 candidates or not more
-            than `topk`, or candidates that do not contain x at `offset` with as many samples for every process.
+            than `topk`, or numbers of candidates and `offset` that are no multiples of B.
 
     >>> koleo_loss(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))  # -ln sqrt(2)
     tensor(-0.3466)
@@ -71,6 +71,9 @@ def koleo_loss(x: Tensor, *, topk: int = 1, candidates: Tensor | None = None, of
         # The gradient of a duplicate would be up to 1e8 times rounding errors, more than float16 holds.
         distance = torch.where(distance < DUPLICATE, distance.detach(), distance)
         loss: Tensor = -(distance + EPSILON).log().mean()
+        if candidates is not None:  # by value, without waiting for the device
+            own = candidates.detach()[offset : offset + len(x)] == x.detach()
+            loss = torch.where(own.all(), loss, torch.nan)
     return loss
 
 

@@ -138,8 +138,15 @@ def _check_masks(backbone: nn.Module, view: Tensor) -> None:
     of_first = of_all.clone()
     of_first[1:] = False
     unmasked = backbone(noise)
-    by_all, by_first = (_change(unmasked, _masked(backbone, noise, masks)) for masks in (of_all, of_first))
+    by_none, by_all, by_first = (
+        _change(unmasked, _masked(backbone, noise, masks)) for masks in (torch.zeros_like(of_all), of_all, of_first)
+    )
     # Not zero, because rounding may depend on the batch.
+    if (by_none > 0.01 * by_all).any():
+        raise ValueError(
+            "the backbone changes its outputs for masks that are False everywhere: True means masked, so use ~masks if "
+            "its own masks are True for the visible patches"
+        )
     if (by_first[1:] > 0.01 * by_all[1:]).any():
         raise ValueError(
             "the backbone uses the mask of one image for another: a mask of the first image changes the outputs of "

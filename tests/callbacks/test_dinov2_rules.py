@@ -12,7 +12,7 @@ from helpers.toy_training import rules, trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
-from dino_head import DINOProjectionHead
+from dino_head import DINOProjectionHead, IBOTPatchLoss
 from dino_head.callbacks import (
     CollapseMonitorCallback,
     FreezeLastLayerCallback,
@@ -307,6 +307,47 @@ def test_a_nan_in_one_row_names_its_loss_and_side_before_any_update(side, head, 
     with pytest.raises(FloatingPointError, match=message):
         fit(module, *rules(), break_side(side, head), Keep())
     torch.testing.assert_close(dict(module.state_dict()), kept, rtol=0, atol=0)
+
+
+class OwnTerm(TinyDINOv2):
+    """Has a term that becomes NaN, or calls a loss without the hooks of modules."""
+
+    kind = "term"
+
+    def training_step(self, batch, batch_idx):
+        if self.kind == "forward" and self.global_step >= 5:
+            call = self.patch_loss.forward
+            self.patch_loss.forward = lambda teacher, student, *rest: call(teacher, student, *rest) * math.nan
+            self.patch_loss._forward_hooks.clear()
+        loss = super().training_step(batch, batch_idx)
+        return loss * (math.nan if self.kind == "term" and self.global_step == 5 else 1)
+
+
+@pytest.mark.parametrize("kind", ["term", "forward"])
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"max_steps": 6}], ids=str)
+def test_a_nan_outside_of_the_losses_raises_before_any_update(kind, options):
+    module, kept = tiny_dinov2(OwnTerm), {}
+    module.kind = kind
+
+    class Keep(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            kept.update(copy.deepcopy(pl_module.state_dict()))
+
+    message = (
+        "the loss that training_step returns is nan in epoch .* optimizer step 5: the value of loss and patch_loss is"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        fit(module, Keep(), TeacherUpdateCallback(), **options)
+    weights = {name: value for name, value in module.state_dict().items() if "center" not in name}
+    torch.testing.assert_close(weights, {name: kept[name] for name in weights}, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, lambda losses: {"losses": losses[0]}], ids=["list", "tuple", "dict"])
+def test_losses_that_are_no_submodules_raise(kind):
+    module = tiny_dinov2()
+    module.more = kind([IBOTPatchLoss(16)])
+    with pytest.raises(MisconfigurationException, match=r"the losses in the \w+ TinyDINOv2.more are no submodules"):
+        fit(module)
 
 
 def test_an_infinite_patch_center_is_named():

@@ -120,6 +120,13 @@ def test_weights_scale_loss_and_gradients_at_any_size_in_float16(scale):
         assert (ours / scale - expected).norm() < 0.01 * expected.norm()
 
 
+def test_weights_may_have_any_sign():
+    teacher, student, _ = tokens(4)
+    for weights in (-torch.ones(4), torch.tensor([1.0, -2.0, 0.0, 3.0])):
+        parts = torch.stack([ibot_patch_loss(teacher, student, row) for row in weights.diag()])
+        torch.testing.assert_close(ibot_patch_loss(teacher, student, weights), parts.sum())
+
+
 @pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
 @pytest.mark.parametrize("kind", ["logits", "factored"])
 def test_without_masked_patches_loss_and_gradients_are_0_and_the_center_stays(kind, centering):

@@ -160,7 +160,7 @@ def test_the_host_reads_no_values():
     x = features()
     with HostReads() as reads:
         koleo_loss(x, topk=2).backward()
-        koleo_loss(x[:5], candidates=x, offset=5).backward()
+        koleo_loss(x[5:10], candidates=x[:10], offset=5).backward()
     assert not reads.counts
 
 
@@ -168,7 +168,7 @@ def test_the_host_reads_no_values():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_without_a_graph_break(dynamic):
     def loss_of_half_and_all(x):
-        return koleo_loss(x[:2], topk=2, candidates=x, offset=2) + koleo_loss(x)
+        return koleo_loss(x[2:4], topk=2, candidates=x, offset=2) + koleo_loss(x)
 
     compiled = torch.compile(loss_of_half_and_all, backend="aot_eager", fullgraph=True, dynamic=dynamic)
     for samples in (6, 8):
@@ -204,3 +204,13 @@ def test_arguments_of_koleo(shape, options, message):
 def test_features_of_integers_are_refused():
     with pytest.raises(ValueError, match=r"got \(4, 8\) in torch.int64"):
         koleo_loss(torch.zeros(4, 8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("place", "offset"), [(6, 0), (0, 6), (None, 6)])
+def test_candidates_without_x_at_the_offset_make_the_loss_nan(place, offset):
+    """As with a forgotten offset: each sample would be its own neighbour."""
+    x, candidates = torch.randn(6, 8), torch.randn(12, 8)
+    if place is not None:
+        candidates[place : place + 6] = x
+        assert koleo_loss(x, candidates=candidates, offset=place).isfinite()
+    assert koleo_loss(x, candidates=candidates, offset=offset).isnan()
