@@ -123,7 +123,7 @@ gpu["train_step"].make("tiny", 1, 64, 0.2, gpu["torch"].device("cpu"), depth=1)
 def learning():
     """The names of the benchmark of learning, with a smaller network."""
     names = runpy.run_path(str(BENCHMARKS / "learning.py"))
-    names["SETTINGS"].update(width=32, depth=1, batch=8)
+    names["SETTINGS"].update(width=32, depth=1, batch_size=8)
     return names
 
 
