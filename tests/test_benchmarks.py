@@ -157,6 +157,39 @@ def test_the_label_of_a_patch_is_the_most_frequent_one_of_its_pixels(learning):
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_learning_probes_as_many_patches_of_each_label(learning):
+    for _, _, labels, chosen in learning["Probe"](300).sides:
+        counts = labels.flatten()[chosen].bincount()
+        assert len(counts) == 17
+        assert counts.min() == counts.max() > 20
+        assert len(chosen.unique()) == len(chosen)
+
+
+def test_both_methods_of_the_benchmark_of_learning_start_from_the_same_weights(learning):
+    dino, dinov2, other = (
+        learning["build"](learning["METHODS"][method], seed).state_dict() for method, seed in ((0, 3), (1, 3), (0, 4))
+    )
+    assert dino.keys() < dinov2.keys()
+    assert all(torch.equal(value, dinov2[name]) for name, value in dino.items())
+    assert not torch.equal(dino["student.head.last_layer.weight_v"], other["student.head.last_layer.weight_v"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", [0, 1])
+def test_the_benchmark_of_learning_trains_the_teacher_that_it_probes(learning, method):
+    images = learning["make_images"](32, seed=0)[0]
+    model = learning["build"](learning["METHODS"][method], seed=0)
+    before = learning["of_teacher"](model)(images)
+    times = learning["fit"](model, images, 3, seed=0)
+    after = learning["of_teacher"](model)(images)
+    assert model.trainer.global_step == 3
+    assert times["cpu_seconds"] > 0
+    assert [tuple(tokens.shape) for tokens in after] == [(32, 32), (32, 36, 32)]
+    assert not any(torch.allclose(ours, theirs) for ours, theirs in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
 def test_nearest_neighbours_among_pixels_are_near_chance(learning):
     """Chance is 6.25% for images, 5.9% for patches, whose pixels show the texture at best: one class of four."""
     found = learning["Probe"](1000).accuracy(learning["pixels"])
