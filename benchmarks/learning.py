@@ -163,7 +163,8 @@ class Stem(nn.Sequential):
     @property
     def weight(self) -> Tensor:
         """The model reads its dtype."""
-        weight: Tensor = self[0].weight
+        filters: Any = self[0]
+        weight: Tensor = filters.weight
         return weight
 
 
