@@ -119,10 +119,105 @@ gpu["train_step"].make("tiny", 1, 64, 0.2, gpu["torch"].device("cpu"), depth=1)
     subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": path}, check=True)
 
 
+@pytest.fixture
+def learning():
+    """The names of the benchmark of learning, with a smaller network."""
+    names = runpy.run_path(str(BENCHMARKS / "learning.py"))
+    names["SETTINGS"].update(width=32, depth=1, batch_size=8)
+    return names
+
+
+def test_the_labels_of_the_images_that_the_benchmark_makes_are_those_of_their_shapes(learning):
+    images, classes, labels = learning["make_images"](400, seed=0)
+    assert images.shape == (400, 1, 96, 96)
+    assert labels.shape == (400, 96, 96)
+    assert classes.unique().tolist() == list(range(len(learning["CLASSES"])))
+    assert len(learning["PIXEL_LABELS"]) == 1 + len(learning["CLASSES"])
+    for image, kind, label in zip(images, classes, labels, strict=True):
+        assert label.unique().tolist() == [0, 1 + kind]
+        steps = image[0].diff(dim=0)[:, 1:].abs() + image[0].diff(dim=1)[1:].abs()  # large in a texture
+        inside = label[1:, 1:] > 0
+        assert steps[inside].mean() > 1.5 * steps[~inside].mean(), learning["CLASSES"][kind]
+
+
+def test_the_same_seed_makes_the_same_images_and_another_one_others(learning):
+    first, again, other = (learning["make_images"](20, seed=seed)[0] for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert (first - other).abs().mean() > 0.05
+
+
+def test_the_label_of_a_patch_is_the_most_frequent_one_of_its_pixels(learning):
+    _, _, labels = learning["make_images"](10, seed=0)
+    found = learning["patch_labels"](labels)
+    assert found.shape == (10, 36)
+    for index, label in enumerate(labels):
+        for patch in range(36):
+            y, x = 16 * (patch // 6), 16 * (patch % 6)
+            assert label[y : y + 16, x : x + 16].flatten().bincount().argmax() == found[index, patch]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_learning_probes_as_many_patches_of_each_label(learning):
+    for _, _, labels, chosen in learning["Probe"](300).sides:
+        counts = labels.flatten()[chosen].bincount()
+        assert len(counts) == 17
+        assert counts.min() == counts.max() > 20
+        assert len(chosen.unique()) == len(chosen)
+
+
+def test_both_methods_of_the_benchmark_of_learning_start_from_the_same_weights(learning):
+    dino, dinov2, other = (
+        learning["build"](learning["METHODS"][method], seed).state_dict() for method, seed in ((0, 3), (1, 3), (0, 4))
+    )
+    assert dino.keys() < dinov2.keys()
+    assert all(torch.equal(value, dinov2[name]) for name, value in dino.items())
+    assert not torch.equal(dino["student.head.last_layer.weight_v"], other["student.head.last_layer.weight_v"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", [0, 1])
+def test_the_benchmark_of_learning_trains_the_teacher_that_it_probes(learning, method):
+    images = learning["make_images"](32, seed=0)[0]
+    model = learning["build"](learning["METHODS"][method], seed=0)
+    before = learning["of_teacher"](model)(images)
+    times = learning["fit"](model, images, 3, seed=0)
+    after = learning["of_teacher"](model)(images)
+    assert model.trainer.global_step == 3
+    assert times["cpu_seconds"] > 0
+    assert [tuple(tokens.shape) for tokens in after] == [(32, 32), (32, 36, 32)]
+    assert not any(torch.allclose(ours, theirs) for ours, theirs in zip(before, after, strict=True))
+
+
+@pytest.mark.slow
+def test_nearest_neighbours_among_pixels_are_near_chance(learning):
+    """Chance is 6.25% for images, 5.9% for patches, whose pixels show the texture at best: one class of four."""
+    found = learning["Probe"](1000).accuracy(learning["pixels"])
+    assert 3 < found["cls"] < 11
+    assert found["patch"] < 40
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_benchmark_of_learning_trains_each_method_with_each_seed(learning, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "figures.json"
+    options = ["--minutes", "0.005", "--seeds", "3", "4", "--images", "64", "--held-out", "100", "--json", str(file)]
+    monkeypatch.setattr(sys, "argv", ["learning.py", *options])
+    learning["main"]()
+    assert "| DINO + iBOT + KoLeo | 4 | " in capsys.readouterr().out
+    rows = json.loads(file.read_text())["rows"]
+    methods = list(learning["METHODS"])
+    assert [row["what"] for row in rows] == ["pixels", "untrained", "untrained", *methods, *methods]
+    assert [row["seed"] for row in rows[3:]] == [3, 3, 4, 4]
+    assert all(row["steps"] >= 1 and row["cpu_seconds"] > 0 for row in rows[3:])
+    assert all(0 <= row[name] <= 100 for row in rows for name in ("cls", "patch"))
+
+
 def test_every_benchmark_is_run_here():
     assert {file.stem for file in BENCHMARKS.glob("*.py")} == {
         "import_time",
         "callbacks",
+        "learning",
         "objective",
         "masks",
         "memory",
