@@ -187,6 +187,6 @@ MASKS = torch.zeros(8, 16, dtype=torch.bool)
     (lambda images: (images[:4, :, 0, 0], images[:4, :, 0]), crops(16, 16), None, "each of its 8 inputs, got shape"),
     (lambda images: (images[:, :, 0, 0], images[:4, :, 0]), crops(16, 16), None, r"8 inputs, got shape \(4, 3, 16\)"),
 ])  # fmt: skip
-def test_masks_that_do_not_fit(module, views, masks, message):
+def test_masks_that_do_not_fit_raise(module, views, masks, message):
     with pytest.raises(ValueError, match=message):
         multicrop_forward(module, views, masks)
