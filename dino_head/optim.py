@@ -111,7 +111,7 @@ def _layers_above(names: Collection[str], kind: str) -> dict[str, int]:
     sizes: dict[str, int] = {}  # of stacks with attention, which the layers of a head do not have
     for name in names:
         found = list(BLOCK.finditer(name))
-        if len(found) == 1:  # there are two in stages of blocks, as of a Swin transformer
+        if len(found) == 1:  # two: blocks within stages, as in a Swin transformer
             (block,) = found
             blocks[name] = name[: block.start(1)], int(block[1])
             if ATTENTION.search(name, block.end()):

@@ -62,7 +62,7 @@ def masks_by_hand(masked_views, grid, clips, ratio=(0.1, 0.5), exact=False):
 
 
 def statistics(masks):
-    """Of the masked views of a call: sorted counts, frequency of each cell, share of equal neighbours on each axis."""
+    """Sorted counts, frequency of each cell, share of equal neighbours on each axis, in the masked views of a call."""
     counts = np.sort(masks.reshape(len(masks), -1).sum(axis=1))
     axes = [(axis, size) for axis, size in enumerate(masks.shape) if axis]
     equal = [(masks.take(range(1, size), axis) == masks.take(range(size - 1), axis)).mean() for axis, size in axes]

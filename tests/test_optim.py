@@ -94,7 +94,7 @@ def vision_transformer(name, blocks=12):
 
 
 def authors_table(student, vit, lr, layer_decay, patch_embed_lr_mult, weight_decay):
-    """By modules, not by names: decay^(n + 1 - depth), depth 0 of embeddings, i + 1 of block i, n + 1 of the rest."""
+    """From the modules, not the names: decay^(n + 1 - depth), depth 0 of embeddings, i + 1 of block i, else n + 1."""
     (blocks,) = (m for m in vit.modules() if isinstance(m, nn.ModuleList) and len(m) == vit.config.num_hidden_layers)
     depths = {id(p): 0 for p in vit.embeddings.parameters()}
     depths |= {id(p): number for number, block in enumerate(blocks, start=1) for p in block.parameters()}
@@ -135,7 +135,7 @@ def test_the_defaults_give_a_whole_vision_transformer_two_groups():
     assert "lr" not in others
 
 
-# As the authors and timm name them, and MONAI.
+# Names of the authors, timm and MONAI.
 AUTHORS = ["cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed.proj.weight"]
 AUTHORS += ["blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight", "norm.weight"]
 MONAI = ["patch_embedding.position_embeddings", "patch_embedding.patch_embeddings.weight", "cls_token"]

@@ -86,7 +86,7 @@ def test_loss_and_gradients_from_logits_and_from_blocks_equal_the_plain_referenc
 
 
 def test_one_kernel_computes_both_losses():
-    """With equal weights, the loss of tokens is the DINO loss of one pair of views."""
+    """With equal weights, the loss of masked patches is the DINO loss of one pair of views."""
     teacher, student, center = tokens()
     views = FactoredLogits(torch.stack([torch.zeros_like(student.z), student.z]), student.prototypes)
     pair = dino_loss(FactoredLogits(teacher.z[None], teacher.prototypes), views, center=center)
