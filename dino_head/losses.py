@@ -34,17 +34,7 @@ class CenteredLoss(nn.Module):
     `centering="sinkhorn"` has no center. It spreads each batch evenly over the prototypes (`sinkhorn_center`), across
     the rows of all processes, so every process has to call the loss, even in evaluation mode.
 
-    Args:
-        output_dim: Number K of prototypes.
-        warmup_teacher_temp: Temperature of the teacher in epoch 0, > 0.
-        teacher_temp: Temperature of the teacher after the warm-up, > 0.
-        warmup_teacher_temp_epochs: Length of the linear warm-up in epochs, see `teacher_temperature`.
-        student_temp: Temperature of the student, > 0.
-        center_momentum: Share m of the old center in the new one, in [0, 1].
-        centering: Centering of the teacher, "mean" or "sinkhorn" (3 iterations; DINOv2, arXiv:2304.07193).
-
-    Raises:
-        ValueError: A size, temperature or momentum is out of range, or `centering` is unknown.
+    The arguments are those of `DINOLoss`.
     """
 
     center: Tensor | None  # (1, 1, K); None: sinkhorn
@@ -249,17 +239,7 @@ class IBOTPatchLoss(CenteredLoss):
         indices = masks.flatten().nonzero().squeeze(1).to(tokens.device, non_blocking=True)   # masks (V, N), on the CPU
         masked = tokens.flatten(0, 1).index_select(0, indices)                                # (V, N, D) -> (M, D)
 
-    Args:
-        output_dim: Number K of prototypes.
-        warmup_teacher_temp: Temperature of the teacher in epoch 0, > 0.
-        teacher_temp: Temperature of the teacher after the warm-up, > 0.
-        warmup_teacher_temp_epochs: Length of the linear warm-up in epochs, see `teacher_temperature`.
-        student_temp: Temperature of the student, > 0.
-        center_momentum: Share m of the old center in the new one, in [0, 1].
-        centering: Centering of the teacher, "mean" or "sinkhorn" (3 iterations; DINOv2, arXiv:2304.07193).
-
-    Raises:
-        ValueError: A size, temperature or momentum is out of range, or `centering` is unknown.
+    The arguments are those of `DINOLoss`.
 
     >>> loss = IBOTPatchLoss(output_dim=16)
     >>> masks = torch.tensor([[True, True, False, False], [True, False, False, False]])

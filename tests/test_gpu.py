@@ -19,10 +19,20 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch.nn import functional as F
 
-from dino_head import DINOLoss, DINOProjectionHead, FactoredLogits, dino_loss
+from dino_head import (
+    DINOLoss,
+    DINOProjectionHead,
+    FactoredLogits,
+    IBOTPatchLoss,
+    dino_loss,
+    ibot_patch_loss,
+    koleo_loss,
+    random_block_masks,
+)
 from dino_head.callbacks import FreezeLastLayerCallback, ScheduleCallback, TeacherUpdateCallback
 from dino_head.functional import sinkhorn_center
 from dino_head.functional.dino import reference_dino_loss
+from dino_head.functional.ibot import patch_weights
 from dino_head.metrics import DINOStatistics, KNNAccuracy, RankMe
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -121,6 +131,57 @@ def test_the_loss_is_as_exact_as_the_plain_formula(outputs, factored, dtype, dev
     assert_as_exact(results["ours"], results["plain"], [truth.detach(), *gradients], dtype)
     error = (results["ours"][1].double().cpu() - gradients[0]).norm() / gradients[0].norm()
     assert (error > 1e-5) == (dtype != torch.float32)  # the precision is on
+
+
+@on_devices
+@in_precisions
+@pytest.mark.parametrize("factored", [True, False])
+def test_the_loss_of_masked_patches_is_as_exact_as_the_plain_formula(factored, dtype, device):
+    masks = torch.rand(8, 40, generator=torch.Generator().manual_seed(0)) < 0.4  # on the CPU
+    weights = patch_weights(masks, int(masks.sum()))
+    sides = {}
+    for kind in (torch.float64, torch.float32):
+        *both, center = factors(1, 1, len(weights), outputs=3000, dtype=kind)
+        sides[kind] = [FactoredLogits(side.z.detach()[0], side.prototypes.detach()) for side in both], center.flatten()
+    (teacher, student), center = sides[torch.float64]
+    student = FactoredLogits(*(tensor.requires_grad_() for tensor in student))
+
+    def plain(teacher, student, center, weights):
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        p = ((teacher.to(dtype) - center) / 0.07).softmax(dim=-1)
+        return -(weights * (p * (student.to(dtype) / 0.1).log_softmax(dim=-1)).sum(dim=-1)).sum()
+
+    truth = plain(teacher.logits(), student.logits(), center, weights.double())
+    gradients = torch.autograd.grad(truth, student)
+    (teacher, student), center = sides[torch.float32]
+    teacher, student, center, weights = (on(device, out) for out in (teacher, student, center, weights))
+    student = FactoredLogits(*(tensor.requires_grad_() for tensor in student))
+    results = {}
+    for name in ("ours", "plain"):
+        with autocast(device, dtype):
+            if name == "plain":
+                loss = plain(teacher.logits(), student.logits(), center, weights)
+            else:
+                out = (teacher, student) if factored else (teacher.logits(), student.logits())
+                loss = ibot_patch_loss(*out, weights, center=center, block_bytes=300_000)
+        found = torch.autograd.grad(loss * 2.0**12, student)
+        results[name] = [loss.detach(), *(gradient / 2.0**12 for gradient in found)]
+    assert_as_exact(results["ours"], results["plain"], [truth.detach(), *gradients], dtype)
+
+
+@on_devices
+@in_precisions
+def test_koleo_is_computed_in_float32(dtype, device):
+    x = torch.randn(12, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    unit = F.normalize(x.double(), dim=-1)
+    distances = torch.cdist(unit, unit) + 10 * torch.eye(12)
+    expected = -distances.amin(dim=1).log().mean()
+    x = x.to(device).requires_grad_()
+    with autocast(device, dtype):
+        loss = koleo_loss(x)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert torch.autograd.grad(loss, x)[0].isfinite().all()
 
 
 def plain_sinkhorn(logits, temp):
@@ -379,6 +440,30 @@ def test_head_loss_center_and_freeze_never_wait_for_the_device(factored, centeri
         step()
     assert head.last_layer.weight_v.grad is None
     assert all(parameter.grad.isfinite().all() for parameter in head.layers.parameters())
+
+
+@no_warning
+@pytest.mark.gpu
+@in_precisions
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_with_masks_on_the_cpu_a_step_on_masked_patches_never_waits_for_the_gpu(centering, dtype):
+    head = DINOProjectionHead(16, 32, 8, 64, batch_norm=False).cuda()
+    loss, tokens = IBOTPatchLoss(64, centering=centering).cuda(), torch.randn(8, 40, 16, device="cuda")
+
+    def step():
+        masks = random_block_masks(8, (40,))
+        indices = masks.flatten().nonzero().squeeze(1).to("cuda", non_blocking=True)
+        masked = tokens.flatten(0, 1).index_select(0, indices)
+        with autocast("cuda", dtype):
+            with torch.no_grad():
+                teacher = head.factored_logits(masked)
+            value = loss(teacher, head.factored_logits(masked), masks) + koleo_loss(tokens[:, 0])
+        value.backward()
+
+    step()  # libraries start at their first call
+    with never_waiting("cuda"):
+        step()
+    assert all(parameter.grad.isfinite().all() for parameter in head.parameters() if parameter.requires_grad)
 
 
 @no_warning

@@ -130,7 +130,7 @@ def with_norm(*names):
 @pytest.mark.parametrize("names", [("head",), ("patch_head",)])
 def test_a_patch_head_with_batch_norm_raises(names):
     message = (
-        rf"the patch head \(student.{names[0]}, teacher.{names[0]}\) of patch_loss has batch norm, .* batch_norm=Fa"
+        rf"the patch head \(student.{names[0]}, teacher.{names[0]}\) of patch_loss has batch norm, .*batch_norm=False"
     )
     with pytest.raises(MisconfigurationException, match=message):
         fit(with_norm(*names), CollapseMonitorCallback())
