@@ -34,27 +34,27 @@ IN_BAR = "dino/loss_normalized"
 
 
 class CollapseMonitorCallback(Checked):
-    """Logs the parts of the loss and the rank of the embeddings, and warns of a collapse with a remedy.
+    """Logs the parts of each loss and the rank of the embeddings, and warns of a collapse with a remedy.
 
         Trainer(callbacks=[CollapseMonitorCallback(), ...])
 
-    It measures the inputs of the module's DINOLoss, through a hook that exists only during the measured batches, and
-    logs `dino/...`: the values of `DINOStatistics`, and `dino/rankme`, the effective rank (`RankMe`) of the teacher's
+    It measures the inputs of the module's DINOLoss through a hook that exists only during measured batches, and logs
+    `dino/...`: the values of `DINOStatistics`, and `dino/rankme`, the effective rank (`RankMe`) of the teacher's
     embeddings in that batch (z of FactoredLogits; of logits, at most 512 columns spread evenly). Values cover all
     processes; prototype usage covers the last `patience` measurements. Loggers receive the values immediately, and the
     progress bar shows `dino/loss_normalized`. ModelCheckpoint and EarlyStopping can monitor the last measurement of
     any value (without labels, `dino/rankme` with mode="max").
 
-    The same values of an IBOTPatchLoss are logged as `ibot/...`, over the masked patches of a batch. After a measured
-    batch without any, its next batch is measured.
+    The same values of an IBOTPatchLoss are logged as `ibot/...`, over the masked patches of a batch. If a batch to
+    be measured has none, the next batch is measured instead.
 
-    Every diagnosis (`diagnose`) uses the averages of the last `patience` measurements of one loss and the rank of all
-    their embeddings. It is reported once, with epoch and step: a collapse as a warning, a case that may be harmless as
-    information. A teacher that is never updated is reported earlier, as by every callback of this library.
+    Every diagnosis (`diagnose`) uses the averages of the last `patience` measurements of one loss, and the rank over
+    all their embeddings. It is reported once, with epoch and step: a collapse as a warning, a case that may be harmless
+    as information. A teacher that is never updated is reported earlier, as by every callback of this library.
 
     `dino/loss` is the loss of one measured batch (of at most 256 rows of FactoredLogits), while the `loss` that the
-    example modules log is the mean over an epoch. `ibot/loss` is the mean over masked patches; IBOTPatchLoss also
-    divides by the number of views without a mask.
+    example modules log is the mean over an epoch. `ibot/loss` is the mean over the masked patches of the batch, while
+    IBOTPatchLoss averages over all views, and a view without a mask counts as 0.
 
     Training is bitwise the same with and without it. Between measurements, it uses no memory on the device and reads no
     value from it.
@@ -62,15 +62,16 @@ class CollapseMonitorCallback(Checked):
     Args:
         every_n_steps: Number of training batches from one measurement to the next, >= 1; the first batch is measured.
         patience: Number of measurements that a diagnosis averages over, >= 1.
-        stop: Whether a collapse ends the run, as EarlyStopping does; dead prototypes, which may be harmless, do not.
+        stop: Whether a collapse ends the run, as EarlyStopping does; diagnoses that may be harmless, such as dead
+            prototypes, do not.
         loss: Name of the loss to measure, as in `named_modules()`, if there are several of its kind.
 
     Attributes:
         history: Values of each measurement, with `epoch`, `step` (optimizer steps) and scheduled values. Those of an
             IBOTPatchLoss begin with "ibot/". A long run keeps at most 1,000 measurements, evenly spread, and the last
             one. Saved in checkpoints.
-        terms: The means over each epoch that a module with several terms logs with `self.log` under the names "loss",
-            "dino", "ibot" and "koleo", with `epoch` and `step`. Saved in checkpoints.
+        terms: Means over each epoch of the terms that the module logs as "loss", "dino", "ibot" and "koleo" with
+            `self.log`, with `epoch` and `step`; empty if it logs fewer than two of them. Saved in checkpoints.
         diagnoses: Diagnoses that were reported. Saved in checkpoints.
 
     Raises:
@@ -160,7 +161,7 @@ class CollapseMonitorCallback(Checked):
             self._append_to_history({**_moment(trainer), **row})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the terms of the loss, and warn if a loss was never called."""
+        """Record the terms of the loss, and warn if a loss was never called."""
         logged = trainer.callback_metrics
         terms = {name: float(logged[name]) for name in TERMS if name in logged}
         if len(terms) > 1:
@@ -176,7 +177,7 @@ class CollapseMonitorCallback(Checked):
                 )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remove the hook, and print the receipt."""
+        """Remove the hooks, and print the receipt."""
         super().on_train_end(trainer, pl_module)
         self._end_measurements()
         self._watched = []
@@ -184,7 +185,7 @@ class CollapseMonitorCallback(Checked):
             rank_zero_info(self.receipt)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hook."""
+        """Remove the hooks."""
         super().on_exception(trainer, pl_module, exception)
         self._end_measurements()
 

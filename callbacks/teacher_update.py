@@ -30,7 +30,7 @@ COPY = "make the teacher with copy.deepcopy(student)"
 
 
 class TeacherUpdateCallback(AfterScheduledStep):
-    """Updates the teacher and the center once after each optimizer step (arXiv:2104.14294, section 3.1).
+    """Updates the teacher and the centers once after each optimizer step (arXiv:2104.14294, section 3.1).
 
         teacher <- m teacher + (1 - m) student,  m: cosine from base_momentum to final_momentum over the run
         center of each loss:  updated with the logits of all micro-batches of the step

@@ -40,8 +40,8 @@ def diagnose(statistics: Mapping[str, SupportsFloat], *, rows: str = "images") -
       random rows would reach. This is harmless for images of few kinds;
     - no collapse: a loss above 0.8 ln K that changes by less than 1%, with K >= 4096, and none of the above. Most of
       that loss is the teacher's own entropy, which grows with K;
-    - few samples for Sinkhorn: a batch has fewer rows than there are prototypes, as in the authors' runs. This is
-      harmless if many prototypes are used.
+    - few samples for Sinkhorn: a batch has fewer rows than prototypes, as in the authors' runs. This is harmless if
+      many prototypes are used.
 
     Args:
         statistics: Values of `DINOStatistics.compute` and, optionally, `rankme`, `loss_change` (relative change of the
@@ -51,7 +51,7 @@ def diagnose(statistics: Mapping[str, SupportsFloat], *, rows: str = "images") -
         rows: Kind of the rows: "images", or "patches" for the masked patches of IBOTPatchLoss.
 
     Returns:
-        "<case>: <observation>. <Remedy>."; of patches, "patches: <case>: ...".
+        "<case>: <observation>. <Remedy>"; for patches, "patches: <case>: ...".
 
     Raises:
         ValueError: Another kind of rows.
@@ -135,7 +135,7 @@ def _low_rank(seen: _Values) -> str | None:
         return (
             f"dimensional collapse: the effective rank of the embeddings (RankMe) is {seen['rankme']:.2f}: they all "
             "point in much the same direction. Check that the images differ after normalisation, lower the learning "
-            "rate, or use batch norm in the head"
+            "rate, or (DINO only; DINOv2's heads have none) use batch norm in the head"
         )
     return None
 
@@ -168,8 +168,8 @@ def _few_rows(seen: _Values) -> str | None:
     if seen["sinkhorn_rows"] < seen["output_dim"]:
         return (
             f"few samples for Sinkhorn: a batch has {seen['sinkhorn_rows']:.0f} rows ({seen.rows}, all processes) for "
-            f"{seen['output_dim']:.0f} prototypes, less than one for each. The authors too train with fewer rows than "
-            "prototypes, and it is harmless if many prototypes are used (prototype perplexity). Otherwise use a larger "
+            f"{seen['output_dim']:.0f} prototypes, less than one for each. The authors also train with fewer rows than "
+            "prototypes; this is harmless if many prototypes are used (prototype perplexity). Otherwise, use a larger "
             "batch, a smaller output_dim or centering='mean'"
         )
     return None

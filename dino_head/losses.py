@@ -32,7 +32,7 @@ class CenteredLoss(nn.Module):
     the center with everything added since the last update: once per optimizer step under gradient accumulation.
 
     `centering="sinkhorn"` has no center. It spreads each batch evenly over the prototypes (`sinkhorn_center`), across
-    the rows of all processes, so every process has to call the loss, also in evaluation mode.
+    the rows of all processes, so every process has to call the loss, even in evaluation mode.
 
     The arguments are those of `DINOLoss`.
     """
@@ -163,18 +163,18 @@ class CenteredLoss(nn.Module):
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
         name = type(self).__name__
-        without = "strict=False (of a LightningModule, strict_loading = False)"
+        without = "strict=False (in a LightningModule, strict_loading = False)"
         add_remedy(
             missing_keys,
             key,
             f'the state dict is from a loss without a center, set {name}(centering="sinkhorn"), or start with a center '
-            f"of 0 by {without}",
+            f"of 0, with {without}",
         )
         add_remedy(
             unexpected_keys,
             key,
-            f'the state dict is from a loss with a center, set {name}(centering="mean"), or drop the center by '
-            f"{without}",
+            f'the state dict is from a loss with a center, set {name}(centering="mean"), or drop the center, '
+            f"with {without}",
         )
 
 

@@ -52,8 +52,8 @@ def random_block_masks(
         grid: Number of patches along each axis, a sequence of 1, 2 or 3 positive integers.
         probability: Share of the views that are masked, in [0, 1].
         ratio: Smallest and largest share of masked patches to request, 0 <= smallest <= largest < 1.
-        exact: Whether view i has exactly int(N u) patches, u being the upper end of interval i (DINOv3, Siméoni et al.
-            2025, arXiv:2508.10104). Single patches, chosen at random, are added to the blocks.
+        exact: Whether view i has exactly int(N u) masked patches, where u is the upper end of interval i (DINOv3,
+            Siméoni et al. 2025, arXiv:2508.10104). Single patches, chosen at random, are added to the blocks.
         generator: Generator on the CPU, the only source of randomness; by default, PyTorch's global one.
 
     Returns:

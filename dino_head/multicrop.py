@@ -115,8 +115,8 @@ def _rows(masks: Tensor, views: Sequence[Tensor]) -> Tensor:
     shapes = list(dict.fromkeys(tuple(view.shape[1:]) for view in masked))
     if len(shapes) > 1:
         raise ValueError(
-            f"views with masks must have one resolution, got {shapes} for the first {len(masked)} views, which "
-            f"{len(masks)} rows of masks are for: order the views by resolution, or pass fewer rows"
+            f"views with masks must have one resolution, got {shapes} for the first {len(masked)} views, "
+            f"to which {len(masks)} rows of masks belong: order the views by resolution, or pass fewer rows"
         )
     return masks.flatten(1)
 

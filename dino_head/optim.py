@@ -33,11 +33,11 @@ def parameter_groups(
     The learning rate of a vision transformer of n blocks is lr * layer_decay^(n + 1 - depth). The depth is 0 for patch
     and position embeddings and all tokens, i + 1 for block i, and n + 1 for everything else, such as the last norm and
     heads. The rate of the patch embedding is also multiplied by `patch_embed_lr_mult`. A `LambdaLR` scales all groups
-    by one factor, so their ratios stay.
+    by one factor, so their ratios stay the same.
 
     The names of Transformers, timm and MONAI are recognised: blocks with attention, such as `encoder.layer.3.`,
-    `layers.3.` or `blocks.3.`, beside `embeddings.`, `patch_embed`, `pos_embed` or `cls_token`. Frozen parameters count
-    too. Each of several transformers has its own n.
+    `layers.3.` or `blocks.3.`, beside `embeddings.`, `patch_embed`, `pos_embed` or `cls_token`. Frozen
+    parameters count as well. If there are several transformers, each has its own n.
 
     Args:
         module: Module whose trainable parameters are grouped, each once, such as the student with backbone and heads.
@@ -45,13 +45,13 @@ def parameter_groups(
         lr: Learning rate of the last layers, > 0. By default, that of the optimizer; the factors below need it.
         layer_decay: Factor of the learning rate for each layer further from the last, in (0, 1].
         patch_embed_lr_mult: Factor of the learning rate of the patch embedding, whose name contains `patch_embed`, > 0.
-        depth: Function that maps each parameter's name to its depth, for other modules: an integer from 0 to n + 1, the
-            largest of all, whose rate is `lr`.
+        depth: Function that maps each parameter's name to its depth, an integer >= 0, for modules whose names are not
+            recognised. Parameters of the largest depth have the rate `lr`.
 
     Returns:
         Groups with "params", "weight_decay", "name" and, if `lr` is given, "lr": one for each rate with and without
         decay, none of them empty. A group has the name of its first parameter, for Lightning's LearningRateMonitor,
-        which needs different names in an optimizer. Groups of several modules can be joined, here with a separate
+        which requires unique names in an optimizer. Groups of several modules can be joined, here with a separate
         learning rate for the last layer of a head:
 
             backbone = parameter_groups(student["backbone"], 0.04, lr=1e-3, layer_decay=0.9, patch_embed_lr_mult=0.2)
@@ -111,7 +111,7 @@ def _layers_above(names: Collection[str], kind: str) -> dict[str, int]:
     sizes: dict[str, int] = {}  # of stacks with attention, which the layers of a head do not have
     for name in names:
         found = list(BLOCK.finditer(name))
-        if len(found) == 1:  # there are two in stages of blocks, as of a Swin transformer
+        if len(found) == 1:  # two: blocks within stages, as in a Swin transformer
             (block,) = found
             blocks[name] = name[: block.start(1)], int(block[1])
             if ATTENTION.search(name, block.end()):
@@ -125,7 +125,7 @@ def _layers_above(names: Collection[str], kind: str) -> dict[str, int]:
         missing = f"no embeddings beside {', '.join(without)}" if without else "no blocks with attention"
         raise ValueError(
             f"layer_decay does not recognise {kind} as a vision transformer by the names of its parameters ({missing}):"
-            " pass depth=, a function that maps a parameter's name to its depth, or leave layer_decay out for a module "
+            " pass depth=, a function that maps a parameter's name to its depth, or omit layer_decay for a module "
             "without a transformer, such as a head"
         )
     above = dict.fromkeys(names, 0)
@@ -155,7 +155,7 @@ def _patch_embedding(names: Collection[str], kind: str) -> list[str]:
     found = [name for name in names if "patch_embed" in name and "position" not in name]
     if not found:
         raise ValueError(
-            f"patch_embed_lr_mult has no effect: no name of a parameter in {kind} contains patch_embed. Leave it out, "
+            f"patch_embed_lr_mult has no effect: no name of a parameter in {kind} contains patch_embed. Omit it, "
             "or call parameter_groups for the patch embedding by itself, with an lr of its own"
         )
     return found

@@ -30,7 +30,7 @@ from dino_head import (
 
 
 class DINOv2(LightningModule):
-    """A student learns its moving average's output: class tokens across views (DINO), and masked patches (iBOT).
+    """A student predicts its moving average's output, for other views (DINO) and for masked patches (iBOT).
 
         loss = DINO + iBOT + koleo_weight * (KoLeo of the class tokens of each global view, before the head)
 
@@ -48,12 +48,12 @@ class DINOv2(LightningModule):
         mask_probability: Share of the global views that are masked.
         mask_ratio: Smallest and largest share of masked patches in a masked view.
         koleo_weight: Weight of KoLeo.
-        learning_rate: Learning rate of the heads and the last block after the warm-up, from which it falls along a
+        learning_rate: Learning rate of the heads and the last norm after the warm-up, from which it falls along a
             cosine: 4e-3 sqrt(images per step / 1024) in DINOv2.
         min_learning_rate: Learning rate at the end of the run.
         warmup_epochs: Number of epochs in which the learning rate rises linearly. In a run of fewer epochs, it rises in
             the first tenth of the run instead, with a warning.
-        layer_decay: Factor of the learning rate for each block further from the last.
+        layer_decay: Factor of the learning rate for each layer further from the heads; the last block has it once.
         patch_embed_lr_mult: Factor of the learning rate of the patch embedding.
         weight_decay: Weight decay of matrices; biases, norms and layer scale have none.
         clip: Maximum norm of the gradients of the backbone and of each head, each by itself.
@@ -87,8 +87,8 @@ class DINOv2(LightningModule):
         self.student = nn.ModuleDict({"backbone": backbone, **heads}).train()  # `from_pretrained` sets evaluation mode
         if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.student.modules()):
             raise ValueError(
-                "DINOv2 got a backbone or head with batch norm, which cannot take 0 masked patches and stays at its "
-                "first statistics in a teacher in evaluation mode: set batch_norm=False in DINOProjectionHead"
+                "DINOv2 got a backbone or head with batch norm, which fails without masked patches and keeps its first "
+                "statistics in a teacher in evaluation mode: set batch_norm=False in DINOProjectionHead"
             )
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.loss, self.patch_loss, self.augment, self.global_views = loss, patch_loss, augment, global_views
@@ -99,13 +99,13 @@ class DINOv2(LightningModule):
         self.patch_size: Any = backbone.patch_size
 
     def train(self, mode: bool = True) -> "DINOv2":
-        """Set the mode of the student; the teacher is always in evaluation mode."""
+        """Set the mode of everything except the teacher, which is always in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     def on_train_start(self) -> None:
-        """Set the teacher to evaluation mode; Lightning would warn of it any earlier."""
+        """Set the teacher to evaluation mode; before training starts, Lightning would warn about this."""
         self.teacher.eval()
 
     def images(self, batch: Any) -> Any:
@@ -147,7 +147,7 @@ class DINOv2(LightningModule):
         return self.teacher["backbone"](images)[0]
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **options: Any) -> None:
-        """Clip the gradients of backbone and heads, each by itself, then all by the Trainer's gradient_clip_val."""
+        """Clip the gradients of the backbone and of each head, then all by the Trainer's gradient_clip_val."""
         for part in self.student.values():
             nn.utils.clip_grad_norm_(part.parameters(), self.clip)
         self.clip_gradients(optimizer, *args, **options)

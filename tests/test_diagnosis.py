@@ -100,7 +100,7 @@ def test_diagnoses_of_patches_name_them(change, text, failed):
     assert diagnose(HEALTHY, rows="patches") is None
 
 
-def test_other_rows_raise():
+def test_an_unknown_kind_of_rows_raises():
     with pytest.raises(ValueError, match='rows must be "images" or "patches", got \'tokens\''):
         diagnose(HEALTHY, rows="tokens")
 

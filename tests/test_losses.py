@@ -109,7 +109,7 @@ def test_without_anything_collected_the_center_stays_bitwise():
 
 
 @KINDS
-def test_what_is_collected_is_not_in_the_state_dict(kind):
+def test_collected_sums_are_not_in_the_state_dict(kind):
     assert list(kind(16).state_dict()) == ["center"]
     assert list(kind(16, centering="sinkhorn").state_dict()) == []
 

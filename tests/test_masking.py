@@ -62,7 +62,7 @@ def masks_by_hand(masked_views, grid, clips, ratio=(0.1, 0.5), exact=False):
 
 
 def statistics(masks):
-    """Of the masked views of a call: sorted counts, frequency of each cell, share of equal neighbours on each axis."""
+    """Sorted counts, frequency of each cell, share of equal neighbours on each axis, in the masked views of a call."""
     counts = np.sort(masks.reshape(len(masks), -1).sum(axis=1))
     axes = [(axis, size) for axis, size in enumerate(masks.shape) if axis]
     equal = [(masks.take(range(1, size), axis) == masks.take(range(size - 1), axis)).mean() for axis, size in axes]
@@ -84,7 +84,7 @@ CALLS, MASKED_VIEWS = 400, 8
     ((5, 7, 9), True, {}),
 ])  # fmt: skip
 @pytest.mark.slow
-def test_masks_are_distributed_as_by_hand(grid, clips, options):
+def test_masks_have_the_distribution_of_a_plain_implementation(grid, clips, options):
     """At most 1,379 differences of two means, each beyond 6.5 standard errors with a probability below 2e-10 (Student's
     t, 798 degrees of freedom): the test fails by chance with a probability below 3e-7."""
     random.seed(0)

@@ -91,7 +91,7 @@ def test_tokens_of_one_resolution_are_features_of_patches():
 
 
 class Tokens(nn.Module):
-    """Patches of 4 x 4 pixels: their embeddings, where masked a mask token, and the mean of all as class token."""
+    """Embeddings of patches of 4 x 4 pixels, a mask token in place of masked ones, and their mean as class token."""
 
     def __init__(self):
         super().__init__()
@@ -176,7 +176,7 @@ MASKS = torch.zeros(8, 16, dtype=torch.bool)
     (Tokens(), crops(16), MASKS, r"4 for one view to 4 for all 1, got shape \(8, 16\)"),
     (Tokens(), crops(16), MASKS[:0], r"got shape \(0, 16\)"),
     (Tokens(), crops(16, 8, 16), MASKS,
-     r"one resolution, got \[\(3, 16, 16\), \(3, 8, 8\)\] for the first 2 views, which 8 rows"),
+     r"one resolution, got \[\(3, 16, 16\), \(3, 8, 8\)\] for the first 2 views, to which 8 rows"),
     (Tokens(), crops(16, 16), MASKS[:, :1], r"masks have 1 patches for views \(3, 16, 16\), .* returns 16 patch"),
     (lambda images, masks: images.mean(dim=(2, 3)), crops(16, 16), MASKS,
      r"a pair of .* got a tensor of shape \(8, 3\): use dino_head.vision.TokenFeatures"),
@@ -187,6 +187,6 @@ MASKS = torch.zeros(8, 16, dtype=torch.bool)
     (lambda images: (images[:4, :, 0, 0], images[:4, :, 0]), crops(16, 16), None, "each of its 8 inputs, got shape"),
     (lambda images: (images[:, :, 0, 0], images[:4, :, 0]), crops(16, 16), None, r"8 inputs, got shape \(4, 3, 16\)"),
 ])  # fmt: skip
-def test_masks_that_do_not_fit(module, views, masks, message):
+def test_masks_that_do_not_fit_raise(module, views, masks, message):
     with pytest.raises(ValueError, match=message):
         multicrop_forward(module, views, masks)

@@ -94,7 +94,7 @@ def vision_transformer(name, blocks=12):
 
 
 def authors_table(student, vit, lr, layer_decay, patch_embed_lr_mult, weight_decay):
-    """By modules, not by names: decay^(n + 1 - depth), depth 0 of embeddings, i + 1 of block i, n + 1 of the rest."""
+    """From the modules, not the names: decay^(n + 1 - depth), depth 0 of embeddings, i + 1 of block i, else n + 1."""
     (blocks,) = (m for m in vit.modules() if isinstance(m, nn.ModuleList) and len(m) == vit.config.num_hidden_layers)
     depths = {id(p): 0 for p in vit.embeddings.parameters()}
     depths |= {id(p): number for number, block in enumerate(blocks, start=1) for p in block.parameters()}
@@ -135,7 +135,7 @@ def test_the_defaults_give_a_whole_vision_transformer_two_groups():
     assert "lr" not in others
 
 
-# As the authors and timm name them, and MONAI.
+# Names of the authors, timm and MONAI.
 AUTHORS = ["cls_token", "pos_embed", "register_tokens", "mask_token", "patch_embed.proj.weight"]
 AUTHORS += ["blocks.0.attn.qkv.weight", "blocks.1.mlp.fc1.weight", "norm.weight"]
 MONAI = ["patch_embedding.position_embeddings", "patch_embedding.patch_embeddings.weight", "cls_token"]
@@ -167,7 +167,7 @@ def test_each_of_two_vision_transformers_has_its_own_number_of_blocks():
     assert [found[name] for name in large] == [0.5**12] * 2 + [1.0] + [0.5 ** (11 - i) for i in range(11)]
 
 
-def test_layers_of_a_head_are_no_blocks():
+def test_layers_of_a_head_are_not_blocks():
     found = rates(*AUTHORS, *(f"layers.{i}.weight" for i in range(5)), "attention_head.layers.0.weight")
     assert list(found.values())[:8] == [0.125] * 5 + [0.25, 0.5, 1.0]
     assert set(list(found.values())[8:]) == {1.0}
@@ -203,7 +203,7 @@ def test_depth_is_a_function_of_the_name():
 
 
 @pytest.mark.parametrize("depth", [-1, 0.5, None, "3"])
-def test_depths_that_are_no_depths(depth):
+def test_depths_that_are_not_integers_from_0_raise(depth):
     with pytest.raises(ValueError, match=r"depth\('stem.weight'\) must be an integer >= 0, got "):
         rates("stem.weight", depth=lambda name: depth)
 
@@ -306,7 +306,7 @@ def test_lightnings_monitor_logs_each_group_by_its_name(make_groups, expected, t
     assert last == pytest.approx(expected)
 
 
-def test_a_schedule_of_weight_decay_follows_in_the_decayed_groups():
+def test_scheduled_weight_decay_applies_only_to_the_decayed_groups():
     seen = []
 
     class Seen(ScheduleCallback):
@@ -344,6 +344,6 @@ def test_arguments_out_of_range(weight_decay):
         ({"lr": 1.0, "patch_embed_lr_mult": 0.2}, "no name of a parameter in Linear contains patch_embed"),
     ],
 )
-def test_rates_out_of_range(options, message):
+def test_rates_out_of_range_raise(options, message):
     with pytest.raises(ValueError, match=message):
         parameter_groups(nn.Linear(4, 4), 0.04, **options)

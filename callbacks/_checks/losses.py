@@ -46,7 +46,7 @@ class GuardedLosses:
         self.note = torch.compiler.disable(self._note)  # excludes it from a compiled loss
         self.signatures = {loss: inspect.signature(loss.forward) for loss in self.losses.values()}
         self.indices = {loss: index for index, loss in enumerate(self.losses.values())}
-        # (number of losses + 1, 5): the value; 0 or NaN for the extremes of teacher and student
+        # (number of losses + 1, 5): value; 0 or NaN for the smallest and largest output of teacher and student
         self.sums: Tensor | None = None
         self.copies: list[_HostCopy] = []  # of the sums of this accumulation window's backward passes
 
@@ -74,9 +74,9 @@ class GuardedLosses:
         self.collected, self.sums, self.copies = {}, None, []
 
     def moving_centers(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The centers that may change, by name, and for how many rows this process has collected sums, on the device.
+        """The centers that may change, by name, each with the number of rows collected in this process, on the device.
 
-        A batch without masked patches has no rows. The rows of any process change the center of all.
+        A batch without masked patches has no rows. The rows of any process change the centers of all.
         """
         return {
             f"{name}.center": (

@@ -61,13 +61,13 @@ def _check_patch_heads(pl_module: LightningModule) -> None:
     heads = {name: module for name, module in pl_module.named_modules() if isinstance(module, DINOProjectionHead)}
     for name, loss in losses_of(pl_module).items():
         possible = {head: module for head, module in heads.items() if _outputs(module) == loss.output_dim}
-        # Those whose name says so, or all, some of which may be for class tokens.
+        # By name; if no name tells, all of them, some of which may be for class tokens.
         of_patches = [head for head in possible if "patch" in head or "ibot" in head] or list(possible)
         with_norm = [head for head in of_patches if any(map(_has_statistics, possible[head].modules()))]
         if isinstance(loss, IBOTPatchLoss) and with_norm and len(with_norm) == len(of_patches):
             raise MisconfigurationException(
-                f"the patch head ({_listed(with_norm)}) of {name} has batch norm, which raises an error in a batch "
-                "without masked patches, and the other processes would wait for this one: use "
+                f"the patch head ({_listed(with_norm)}) of {name} has batch norm, which fails in a batch without "
+                "masked patches, while the other processes wait for this one: use "
                 "DINOProjectionHead(batch_norm=False)"
             )
 

@@ -206,7 +206,7 @@ class TeacherCheck:
     ) -> None:
         """Compare a loss's teacher parameters that did not change with the student's that did."""
         stuck = suspects & teachers
-        # The head of one loss may resemble that of another, so no teacher's part counts as a student.
+        # The heads of two losses may be alike, so no part of a teacher counts as a student.
         candidates = matching_pairs(self.pl_module, suspects - students, changed & self._trained, of_any)
         pairs = [
             (student, teacher)

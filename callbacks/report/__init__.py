@@ -31,9 +31,9 @@ class ReportCallback(Checked):
 
         Trainer(callbacks=[CollapseMonitorCallback(), KNNProbeCallback(train, test), ReportCallback("runs/mine"), ...])
 
-    The page shows the results of the other callbacks: from CollapseMonitorCallback the loss split into entropy and KL
-    beside ln K, also that of masked patches, the terms of the loss, the rank, the schedules and the diagnoses; from
-    KNNProbeCallback the accuracy; and all receipts. It also shows features of labelled or unlabelled images: a map of
+    The page shows the results of the other callbacks: from CollapseMonitorCallback each loss split into entropy and KL
+    beside ln K, the terms of the total loss, the rank, the schedules and the diagnoses; from KNNProbeCallback the
+    accuracy; and all receipts. It also shows features of labelled or unlabelled images: a map of
     the held-out images (principal components) and some of them beside their nearest neighbours among the training
     images. For backbones with the methods of the authors' models, it shows the first three principal components of the
     patch tokens as colours (`get_intermediate_layers(images, n=1)`) and the attention of the class token

@@ -121,7 +121,7 @@ def as_outputs(out: Logits) -> Outputs:
 
 
 def as_token_outputs(out: Tensor | FactoredLogits | Outputs) -> Outputs:
-    """Check the outputs of the masked tokens of one side and convert them to `Outputs` of one view with M samples.
+    """Check the outputs of the masked patches of one side and convert them to `Outputs` of one view with M samples.
 
     Raises:
         ValueError: Other outputs than logits (M, K) or FactoredLogits with z (M, D); M may be 0.
@@ -130,15 +130,15 @@ def as_token_outputs(out: Tensor | FactoredLogits | Outputs) -> Outputs:
         return out
     if not isinstance(out, (Tensor, FactoredLogits)):
         raise ValueError(
-            f"the loss of masked tokens expects logits (M, K) or one FactoredLogits with z (M, D), got a "
-            f"{type(out).__name__}: pass the patch head's output for the masked tokens of all views"
+            f"the loss of masked patches expects logits (M, K) or one FactoredLogits with z (M, D), got a "
+            f"{type(out).__name__}: pass the patch head's output for the masked patches of all views"
         )
     outputs = _from_factors(out) if isinstance(out, FactoredLogits) else Outputs(out)
     kind = "logits (M, K)" if outputs.prototypes is None else "z (M, D)"
     shape = tuple(outputs.rows.shape)
     if len(shape) != 2:
         raise ValueError(
-            f"the loss of masked tokens expects {kind} of the M masked tokens alone, got {shape}: pick the tokens "
+            f"the loss of masked patches expects {kind} of the M masked patches alone, got {shape}: pick their tokens "
             "before the head, with tokens.flatten(0, 1).index_select(0, masks.flatten().nonzero().squeeze(1))"
         )
     _check_tensors(outputs)

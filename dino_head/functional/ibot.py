@@ -31,8 +31,8 @@ def ibot_patch_loss(
         loss = sum_n  weights_n  (-sum_k p_nk log q_nk)
 
     `IBOTPatchLoss` uses weights 1 / (V m), where m is the number of masked patches of the patch's view. Memory,
-    precision and gradients are those of `dino_loss`: of `FactoredLogits`, at most one block of logits is in memory at
-    a time.
+    precision and gradients are those of `dino_loss`: with `FactoredLogits`, at most one block of logits is in memory
+    at a time.
 
     Args:
         teacher_out: Outputs for the M masked patches: logits (M, K), or FactoredLogits with z (M, D). M may be 0, which

@@ -30,9 +30,9 @@ def koleo_loss(x: Tensor, *, topk: int = 1, candidates: Tensor | None = None, of
     Its mean over the processes is the loss of the joined batch. The gradients flow through samples and neighbours, and
     with `sync_grads=True` back to the process of the neighbour. Every process must have the same number of samples.
 
-    The loss is computed in float32 or higher, under autocast as well. Duplicates, nearer than 1e-6, and zero vectors
-    have no direction in which to move apart, so that they get no gradient from each other. If features are NaN, or if
-    the rows of the candidates from `offset` are not those of x, the loss is NaN.
+    The loss is computed in float32 or higher, under autocast as well. Duplicates (nearer than 1e-6) and zero vectors
+    have no direction in which to move apart, so they get no gradient from each other. If features are NaN, or if the
+    candidates from `offset` on are not x, the loss is NaN.
 
     Args:
         x: Features (B, D) of one view, before the head.
@@ -44,8 +44,8 @@ def koleo_loss(x: Tensor, *, topk: int = 1, candidates: Tensor | None = None, of
         The loss in nats, a scalar: float64 for float64 features, else float32.
 
     Raises:
-        ValueError: Features that are not floating-point matrices of the same width, fewer than 2 candidates or not more
-            than `topk`, or numbers of candidates and `offset` that are no multiples of B.
+        ValueError: Features that are not floating-point matrices of the same width, fewer than 2 candidates, a `topk`
+            that is not below their number, or a number of candidates or an `offset` that is not a multiple of B.
 
     >>> koleo_loss(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))  # -ln sqrt(2)
     tensor(-0.3466)

@@ -22,8 +22,8 @@ class DINOStatistics(PlottedMetric):
         loss = mean over t != s of H(p_t, q_s) = teacher_entropy + kl
         teacher_entropy = mean over t of H(p_t),  kl = mean over t != s of KL(p_t || q_s)
 
-    Outputs of one view on both sides, such as (1, M, K) of the M masked patches of IBOTPatchLoss, have only the pair
-    t = s, which then counts.
+    With one view on each side, such as (1, M, K) for the M masked patches of IBOTPatchLoss, the only pair is t = s, and
+    it counts.
 
     The student cannot lower the teacher's entropy, which is at most ln K, the entropy of a uniform teacher. `compute`
     returns a dict of scalars:

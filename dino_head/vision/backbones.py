@@ -5,15 +5,15 @@ Features(ConvNextModel.from_pretrained(name), pooled)                       # tr
 timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True)
 nn.Sequential(monai.networks.nets.DenseNet121(3, 1, 128).features, nn.AdaptiveAvgPool3d(1), nn.Flatten())
 
-For DINOv2, they also return patch tokens and take masks of patches; for DINO, KNNProbeCallback and ReportCallback, the
-class tokens of such a backbone are its features. `TokenFeatures` makes one of a transformer:
+A backbone for DINOv2 also returns patch tokens and takes masks. DINO, KNNProbeCallback and ReportCallback use its class
+tokens as features. `TokenFeatures` wraps a transformer as such a backbone:
 
 backbone(images, masks=None) -> (class tokens (B, D), patch tokens (B, N, D))
 backbone.patch_size                      # a tuple with the size in pixels along each axis, such as (16, 16)
 
 N is the number of patches, the product of the images' size // patch size, and varies with the images. They are in
 row-major order. The masks, bool (B, N) on the images' device, are True where the mask token replaces the embedding of a
-patch. `check_backbone` checks all of this.
+patch. `check_backbone` tests all of this.
 """
 
 from collections.abc import Callable

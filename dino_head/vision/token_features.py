@@ -21,7 +21,7 @@ class TokenFeatures(nn.Module):
 
     Without `patch_embedding`, the model must take masks and have a mask token itself: models of Hugging Face
     Transformers with `bool_masked_pos` (Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, ViTModel), and models
-    with `forward_features(x, masks)`, which returns a dict as in the code of DINOv2's authors.
+    with `forward_features(x, masks)` that returns a dict, as in the code of DINOv2's authors.
 
     For any other model, `patch_embedding` names the convolution that embeds the patches. Its outputs at masked patches
     are replaced by `mask_token`, a trained parameter that starts at zero. The position embeddings must be added after
@@ -85,7 +85,7 @@ class TokenFeatures(nn.Module):
         """Return class tokens (B, D) and patch tokens (B, N, D).
 
         Args:
-            images: Images (B, C, H, W), or volumes.
+            images: Images (B, C, H, W), or volumes, whose sides are multiples of the patch size.
             masks: Masks (B, N) on the images' device, bool, True = masked.
         """
         sides = tuple(images.shape[2:])

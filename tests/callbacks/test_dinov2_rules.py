@@ -119,7 +119,7 @@ def test_a_patch_loss_in_evaluation_mode_raises():
 
 
 def with_norm(*names):
-    """Heads with batch norm, as a module of one's own may have them."""
+    """Heads with batch norm, which a user's own module may have."""
     module = tiny_dinov2(shared_head=names == ("head",))
     for side in (module.student, module.teacher):
         for name in names:
@@ -221,11 +221,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bitwise_with_its_masks():
             return masks
 
     assert_resume_invariant(lambda: (tiny_dinov2(Noted), Shuffled(), rules()))
-    assert len({tuple(masks.flatten().tolist()) for masks in seen[:8]}) == 8  # each batch has others
+    assert len({tuple(masks.flatten().tolist()) for masks in seen[:8]}) == 8  # they differ from batch to batch
 
 
 def test_masks_from_a_random_state_that_is_not_saved_do_not_resume():
-    """The test before would fail."""
+    """With such masks, the previous test would fail."""
 
     class Own(TinyDINOv2):
         generator = torch.Generator().manual_seed(0)

@@ -277,7 +277,7 @@ def test_features_that_are_not_finite_cause_a_warning():
     assert [row["epoch"] for row in watch.history] == [0]
 
 
-def test_of_a_backbone_with_patch_tokens_the_class_tokens_are_probed():
+def test_the_class_tokens_of_a_backbone_with_patch_tokens_are_probed():
     found = []
     for backbone in (TinyViT, TinyTokens):
         torch.manual_seed(0)

@@ -158,7 +158,7 @@ def test_a_module_with_one_term_has_none():
 # Which losses.
 
 
-def test_of_several_losses_of_a_kind_one_is_named():
+def test_of_several_losses_of_a_kind_the_named_one_is_measured():
     module = tiny_dinov2()
     module.other = IBOTPatchLoss(16)
     message = r"one DINOLoss and one IBOTPatchLoss, got loss=None, and TinyDINOv2 has loss, patch_loss, other: name one"
@@ -251,7 +251,7 @@ def same_patches():
     ],
     ids=["uniform", "same patches"],
 )
-def test_a_collapse_of_the_patches_is_named_apart(make, cases):
+def test_a_collapse_of_the_patches_is_reported_separately(make, cases):
     monitor, given = watched(make())
     for text, case in zip(monitor.diagnoses, cases, strict=True):
         assert text.startswith(f"patches: {case}")

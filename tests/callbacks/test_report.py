@@ -374,7 +374,7 @@ def test_patch_tokens_and_attention_of_the_backbone_are_drawn(registers, tmp_pat
     assert np.ptp(pixels, axis=-1).max() > 0.5  # in colours
 
 
-def test_of_a_backbone_with_patch_tokens_the_class_tokens_are_drawn():
+def test_the_class_tokens_of_a_backbone_with_patch_tokens_are_drawn():
     module, data = vit(), images()
     module.backbone = TinyTokens()
     run = trainer(max_epochs=0)

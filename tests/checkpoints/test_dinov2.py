@@ -110,7 +110,7 @@ def test_a_side_with_two_heads_raises_and_lists_both(project):
         assert [kind for kind in KINDS if f"{path(side, kind)}'" in str(error.value)] == [*KINDS]
 
 
-def test_a_kind_of_both_sides_raises_and_lists_both():
+def test_a_part_that_matches_both_sides_raises_and_lists_both():
     tensors = state(heads(), "dino", PROJECTS["dinov2"][2])
     with pytest.raises(ValueError, match=r"2 heads match part='ibot_head': 'student.ibot_head', 'teacher.ibot_head'"):
         load_head(tensors, "ibot_head")

@@ -158,7 +158,7 @@ def test_validation_and_predict_change_no_buffer_and_no_teacher():
     assert all(torch.equal(module.state_dict()[key], value) for key, value in before.items())
 
 
-def test_of_a_backbone_with_patch_tokens_the_class_tokens_are_trained():
+def test_the_class_tokens_of_a_backbone_with_patch_tokens_are_trained():
     crops_of_patches = lambda images: [images, images.flip(-1), images[..., :4, :4]]  # noqa: E731
     states, images = [], torch.randn(2, 1, 8, 8)
     for backbone in (TinyViT, TinyTokens):

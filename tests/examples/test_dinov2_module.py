@@ -172,7 +172,7 @@ def test_the_published_rules_run_together():
     assert math.isfinite(module.trainer.callback_metrics["loss"])
 
 
-def test_a_subclass_may_give_the_masks():
+def test_a_subclass_may_provide_the_masks():
     class Unmasked(TinyDINOv2):
         def views(self, batch, batch_idx):
             views, masks = super().views(batch, batch_idx)

@@ -86,7 +86,7 @@ def test_loss_and_gradients_from_logits_and_from_blocks_equal_the_plain_referenc
 
 
 def test_one_kernel_computes_both_losses():
-    """With equal weights, the loss of tokens is the DINO loss of one pair of views."""
+    """With equal weights, the loss of masked patches is the DINO loss of one pair of views."""
     teacher, student, center = tokens()
     views = FactoredLogits(torch.stack([torch.zeros_like(student.z), student.z]), student.prototypes)
     pair = dino_loss(FactoredLogits(teacher.z[None], teacher.prototypes), views, center=center)
@@ -188,7 +188,7 @@ def test_losses_are_within_1e_6_of_float64_at_any_scale_of_the_logits(scale, out
     assert value.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_equal_sides_with_large_logits_cost_nothing():
+def test_equal_sides_with_large_logits_have_a_loss_of_0():
     logits = (torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(7)) * 10).repeat(2, 1, 1)
     assert 0 <= dino_loss(logits, logits).item() < 1e-12
     assert 0 <= ibot_patch_loss(logits[0], logits[1], torch.ones(3)).item() < 1e-12
@@ -253,8 +253,8 @@ def test_other_batch_sizes_do_not_compile_again(kind, centering):
         (logits(3, 16), logits(4, 16), torch.ones(4), r"the same B and K, got teacher \(1, 3, 16\) and student \(1, 4"),
         (logits(3, 16), logits(3, 8), torch.ones(3), "the same B and K"),
         (logits(3, 16), FactoredLogits(logits(3, 4), logits(16, 4)), torch.ones(3), "must both be logits or both Fac"),
-        (logits(2, 3, 16), logits(2, 3, 16), torch.ones(3), r"logits \(M, K\) of the M masked tokens alone, got \(2, "),
-        (factored(2, 3, 4, 16), factored(2, 3, 4, 16), torch.ones(3), r"expects z \(M, D\) of the M masked tokens"),
+        (logits(2, 3, 16), logits(2, 3, 16), torch.ones(3), r"logits \(M, K\) of the M masked patches alone, got \(2"),
+        (factored(2, 3, 4, 16), factored(2, 3, 4, 16), torch.ones(3), r"expects z \(M, D\) of the M masked patches"),
         ([logits(3, 16)], logits(3, 16), torch.ones(3), r"logits \(M, K\) or one FactoredLogits .*, got a list: pass"),
         (logits(3, 16), logits(3, 16), torch.ones(4), r"for each of M = 3 patches, got \(4,\) in torch.float32"),
         (logits(3, 16), logits(3, 16), torch.ones(3).long(), r"got \(3,\) in torch.int64: IBOTPatchLoss computes them"),
@@ -262,7 +262,7 @@ def test_other_batch_sizes_do_not_compile_again(kind, centering):
         (logits(3, 16), logits(3, 16).long(), torch.ones(3), "floating-point logits, got torch.int64"),
     ],
 )  # fmt: skip
-def test_outputs_that_do_not_fit(teacher, student, weights, message):
+def test_outputs_that_do_not_fit_raise(teacher, student, weights, message):
     with pytest.raises(ValueError, match=message):
         ibot_patch_loss(teacher, student, weights)
 
@@ -287,13 +287,13 @@ def test_swapped_sides_are_named():
         (F.one_hot(torch.zeros(25, dtype=torch.long), 2).bool()[:, :1].repeat(1, 1), "25 of 25 views have a mask on"),
     ],
 )
-def test_masks_that_do_not_fit(masks, message):
+def test_masks_that_do_not_fit_raise(masks, message):
     with pytest.raises(ValueError, match=message):
         IBOTPatchLoss(16)(logits(25, 16), logits(25, 16), masks)
 
 
 @pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
-def test_nan_in_one_token_makes_the_loss_nan(centering):
+def test_nan_in_one_patch_makes_the_loss_nan(centering):
     teacher, student = torch.randn(25, 16), torch.randn(25, 16)
     for side in (teacher, student):
         broken = side.clone()

@@ -196,7 +196,7 @@ def test_compiled_without_a_graph_break(dynamic):
         ((4, 8), {"offset": 4}, "got 4 samples, 4 candidates and offset=4. .* offset=rank"),
     ],
 )
-def test_arguments_of_koleo(shape, options, message):
+def test_sizes_that_do_not_fit_raise(shape, options, message):
     with pytest.raises(ValueError, match=message):
         koleo_loss(torch.zeros(shape), **options)
 

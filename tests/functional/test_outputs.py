@@ -53,7 +53,7 @@ POOL = r"pool the backbone's outputs before the head, tokens \(B, N, D\) with to
         ({"logits": logits(2, 3, 16)}, logits(4, 3, 16), "outputs of the head, got a dict with the keys 'logits'"),
     ],
 )  # fmt: skip
-def test_outputs_that_do_not_fit(teacher, student, message):
+def test_outputs_that_do_not_fit_raise(teacher, student, message):
     with pytest.raises(ValueError, match=message):
         dino_loss(teacher, student)
 

@@ -13,8 +13,8 @@ from helpers.distributed_fits import ddp, state
 from helpers.tiny_dinov2 import GivenMasks, Shuffled, TinyDINOv2, halves, sgd, tiny_dinov2, with_masks
 from helpers.toy_training import rules, trainer
 
-# In batches of four, of which the first process takes 0 2 and the second 1 3: without a masked patch are the second
-# process in the first batch, the first process in the second batch, and both in the third.
+# Of each batch of four, the first process takes 0 2 and the second 1 3. No patch is masked in the second process in the
+# first batch, in the first process in the second batch, and in both in the third.
 NONE_IN = [1, 3, 4, 6, 8, 9, 10, 11]
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "center": ({}, {}),

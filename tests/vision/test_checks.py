@@ -12,7 +12,7 @@ FIRST = torch.tensor([[True], [False]])
 
 
 class Tokens(nn.Module):
-    """Patches of 4 x 4 pixels: their embeddings, where masked a mask token, and the mean of all as class token."""
+    """Embeddings of patches of 4 x 4 pixels, a mask token in place of masked ones, and their mean as class token."""
 
     patch_size = (4, 4)
 

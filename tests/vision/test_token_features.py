@@ -297,6 +297,6 @@ class WithoutSize(Authors):
      r"bool \(2, 9\) for 2 images of \(42, 42\) in patches of \(14, 14\), got \(2, 4\) in torch.bool"),
     (lambda: made("volumes")(torch.randn(2, 1, 8, 8, 4), torch.zeros(2, 8)), r"got \(2, 8\) in torch.float32"),
 ])  # fmt: skip
-def test_what_does_not_fit_raises(make, message):
+def test_models_and_arguments_that_do_not_fit_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
