@@ -42,8 +42,8 @@ class TeacherUpdateCallback(AfterScheduledStep):
 
     The update runs in `on_train_batch_end`, after the optimizer and before ModelCheckpoint, so a checkpoint at any step
     contains the teacher of that step. During training, the callback also checks each value of a DINOLoss or
-    IBOTPatchLoss and raises an error on all processes before a NaN on one of them reaches the weights. The host reads
-    the value before the optimizer's step, when backward is queued on the device.
+    IBOTPatchLoss and of the whole loss, and raises an error on all processes before a NaN on one of them reaches the
+    weights. The host reads the values before the optimizer's step, when backward is queued on the device.
 
     At the first three updates, the last one of each epoch and the last of the run, the weights are compared with those
     before; `receipt` has the result. Updates with momentum 1, or of a teacher that equals the student, do not count.

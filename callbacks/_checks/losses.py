@@ -28,10 +28,10 @@ class GuardedLosses:
     """All losses of a LightningModule, with deferred center updates and a check for finite values.
 
     Each call adds its value, and 0 or NaN for the outputs of both sides, to five numbers of its loss on the device.
-    The value that training_step returns, which may have other terms, is added to a last row. Before backward they are
-    reduced over all processes and copied to the host, without waiting. Before the optimizer's
-    step, when backward is queued, the host reads them. Under manual optimization, where the optimizer may be one that
-    Lightning does not know, the host reads them before backward.
+    A last row is for the value that training_step returns, which may have other terms. Before backward they are
+    reduced over all processes and copied to the host, without waiting. Before the optimizer's step, when backward is
+    queued, the host reads them. Under manual optimization, where the optimizer may be one that Lightning does not know,
+    the host reads them before backward.
 
     The losses are guarded only within batches. Copies made between batches are then plain modules, and calls between
     batches do not mix with the sums of an accumulation window.
