@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dino_head.functional._outputs import Outputs
-from dino_head.functional._workspace import LogitsWorkspace, at_least_float32
-
-PART_BYTES = {"cpu": 2**20}  # of a view, by the type of the device: all passes over a part then stay in the cache
+from dino_head.functional._workspace import BLOCK_BYTES, LN2, LogitsWorkspace, at_least_float32
 
 
 def objective(
@@ -46,7 +44,9 @@ def objective(
     return loss
 
 
-def cross_entropies_(teacher: Tensor, student: Tensor, weights: Tensor | None, scale: float | None) -> Tensor:
+def cross_entropies_(
+    teacher: Tensor, student: Tensor, spare: Tensor, weights: Tensor | None, scale: float | None
+) -> Tensor:
     """Sum over the pairs of views and the samples of H(p_t, q_s), p_t = softmax(teacher_t), q_s = softmax(student_s).
 
         sum_s  n_s logsumexp(student_s) - (sum_{t != s} p_t) . student_s        because each p_t sums to 1
@@ -56,47 +56,46 @@ def cross_entropies_(teacher: Tensor, student: Tensor, weights: Tensor | None, s
 
     Args:
         teacher: Logits over temperature (T, b, K); overwritten.
-        student: Logits over temperature (S, b, K); overwritten by the gradient times `scale`.
+        student: Logits over temperature, in base 2: divided by ln 2 as well (S, b, K). Overwritten by the gradient in
+            the logits over temperature, times `scale`.
+        spare: Memory (`spare_views(S)`, b, K); overwritten.
         weights: Factors (b, 1) of the samples; None for 1.
         scale: Factor of the gradient; None if it is not needed.
     """
-    _, samples, outputs = teacher.shape
-    step = max(1, PART_BYTES.get(teacher.device.type, 2**25) // (outputs * teacher.itemsize))
-    products = teacher.new_empty(min(step, samples), outputs)
-    loss = teacher.new_zeros(())
-    for start in range(0, samples, step):
-        part = slice(start, start + step)
-        factors = None if weights is None else weights[part]
-        loss += _cross_entropies_of_part_(teacher[:, part], student[:, part], factors, scale, products)
-    return loss
-
-
-def _cross_entropies_of_part_(
-    teacher: Tensor, student: Tensor, weights: Tensor | None, scale: float | None, products: Tensor
-) -> Tensor:
-    views, loss = len(teacher), teacher.new_zeros(())
-    for p in teacher:
+    # Few passes over all views, because the threads wait for each other after each pass. Powers of 2 take half as long
+    # as those of e, which are very slow for large negative exponents.
+    unit, products = 1.0 if weights is None else weights, spare[0]
+    for p in teacher:  # contiguous, so that it works in place
         torch.softmax(p, dim=-1, out=p)
-        # Softmax's own sum loses small terms if K is large: p then sums to 1 with an error of up to 1e-5.
-        p.mul_((1.0 if weights is None else weights) / p.sum(dim=-1, keepdim=True))
-    total = teacher.sum(dim=0)
-    for s, x in enumerate(student):
-        if len(student) == 1:
-            targets, pairs = total, 1
-        elif s < views:
-            targets, pairs = torch.sub(total, teacher[s], out=teacher[s]), views - 1
-        else:
-            targets, pairs = total, views
-        x.sub_(x.amax(dim=-1, keepdim=True))  # no two terms of the loss then have opposite signs, and none cancels
-        # A sum of products instead of a dot product, which loses small terms like softmax.
-        loss -= torch.mul(targets, x, out=products[: len(x)]).sum()
-        torch.softmax(x, dim=-1, out=x)
-        sums = x.sum(dim=-1, keepdim=True)
-        mass = pairs if weights is None else pairs * weights
-        loss += (mass * (sums / x.amax(dim=-1, keepdim=True)).log()).sum()  # the largest q is exp(0 - logsumexp)
+    # Softmax's own sum loses small terms if K is large: p then sums to 1 with an error of up to 1e-5.
+    teacher.mul_(unit / teacher.sum(dim=-1, keepdim=True))
+    student.sub_(student.amax(dim=-1, keepdim=True))  # no two terms of the loss then have opposite signs, or cancel
+    # Sums of products instead of dot products, which lose small terms like softmax.
+    if len(student) == 1:
+        torch.mul(teacher[0], student[0], out=products)
+        groups = [(teacher, slice(1), 1)]
+    else:
+        shared, others = slice(len(teacher)), slice(len(teacher), None)
+        total = torch.sum(teacher, dim=0, out=spare[1])
+        torch.sub(total, teacher, out=teacher)
+        torch.sum(student[others], dim=0, out=products).mul_(total)
+        for targets, x in zip(teacher, student[shared], strict=True):
+            products.addcmul_(targets, x)
+        groups = [(teacher, shared, len(teacher) - 1), (total, others, len(teacher))]
+    loss = -products.sum()
+    sums = student.exp2_().sum(dim=-1, keepdim=True)
+    for targets, views, pairs in groups:
+        loss += pairs * (sums[views].log2() * unit).sum()
         if scale is not None:
-            x.mul_(scale * mass / sums).add_(targets, alpha=-scale)
-    return loss
+            if scale != -1:
+                targets.mul_(-scale)
+            torch.addcmul(targets, student[views], scale * pairs * unit / sums[views], out=student[views])
+    return loss * LN2
+
+
+def spare_views(student_views: int) -> int:
+    """Number of views of logits for which `cross_entropies_` needs memory."""
+    return 1 if student_views == 1 else 2
 
 
 def _sum_and_gradients(
@@ -156,9 +155,15 @@ def _from_logits(
     targets = teacher.to(dtype, copy=True, memory_format=torch.contiguous_format).sub_(center).div_(teacher_temp)
     # A divisor with a dimension takes part in type promotion, which converts low precision to float32.
     gradient = student.new_empty(student.shape, dtype=dtype)
-    torch.div(student, student.new_full((1,), student_temp, dtype=dtype), out=gradient)
-    factors = None if weights is None else weights[:, None].to(dtype)
-    loss = cross_entropies_(targets, gradient, factors, 1 / student_temp if needs_gradient else None)
+    torch.div(student, student.new_full((1,), student_temp * LN2, dtype=dtype), out=gradient)
+    views, samples, outputs = student.shape
+    step = max(1, BLOCK_BYTES // ((len(teacher) + views) * outputs * dtype.itemsize))
+    spare = gradient.new_empty(spare_views(views), min(step, samples), outputs)
+    scale, loss = 1 / student_temp if needs_gradient else None, gradient.new_zeros(())
+    for start in range(0, samples, step):
+        part = slice(start, min(start + step, samples))
+        factors = None if weights is None else weights[part, None].to(dtype)
+        loss += cross_entropies_(targets[:, part], gradient[:, part], spare[:, : part.stop - start], factors, scale)
     return loss, gradient if needs_gradient else loss.new_empty(0)
 
 
@@ -180,7 +185,8 @@ def _from_factors(
     The targets are subtracted inside the block, so there are no more products than in a bare forward and backward.
     """
     samples, dtype = student_z.shape[1], prototypes.dtype
-    workspace = LogitsWorkspace((len(teacher_z), len(student_z)), samples, prototypes, block_bytes)
+    views = len(teacher_z), len(student_z), spare_views(len(student_z))
+    workspace = LogitsWorkspace(views, samples, prototypes, block_bytes)
     scale = -1 / (workspace.gradient_scale * student_temp)  # of the products with the negative gradient
     loss = workspace.logits.new_zeros(())
     grad_z = loss.new_empty(student_z.shape if needs_z else 0)
@@ -190,12 +196,12 @@ def _from_factors(
     for block in workspace.blocks:
         z = student_z[:, block].to(dtype).flatten(end_dim=1)  # (S b, D)
         z_teacher = teacher_z[:, block].to(dtype).flatten(end_dim=1)  # (T b, D)
-        teacher, student = workspace.split(block)
+        teacher, student, spare = workspace.split(block)
         factors = None if weights is None else weights[block, None].to(loss.dtype)
         workspace.multiply_(teacher, z_teacher, teacher_prototypes, teacher_temp)
-        workspace.multiply_(student, z, prototypes, student_temp)
+        workspace.multiply_(student, z, prototypes, student_temp * LN2)
         teacher.sub_(center / teacher_temp)
-        loss += cross_entropies_(teacher, student, factors, -1.0 if needs_z or needs_prototypes else None)
+        loss += cross_entropies_(teacher, student, spare, factors, -1.0 if needs_z or needs_prototypes else None)
         if needs_z or needs_prototypes:
             negative = workspace.scale_for_product_(student)  # (S b, K)
         if needs_z:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2**27  # 128 MiB
+LN2 = math.log(2)
 
 
 class LogitsWorkspace:

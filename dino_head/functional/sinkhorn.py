@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dino_head._arguments import check_integer, check_number
 from dino_head.functional._outputs import Logits, Outputs, as_outputs
-from dino_head.functional._workspace import BLOCK_BYTES, LogitsWorkspace, at_least_float32
+from dino_head.functional._workspace import BLOCK_BYTES, LN2, LogitsWorkspace, at_least_float32
 
 
 @torch.no_grad()
@@ -74,10 +74,10 @@ def _log_sums(
     """Logsumexp over the samples of M_nk - g_n, (K,), in float32 or higher; -inf without samples."""
     sums: Tensor | None = None
     with torch.autocast(rows.device.type, enabled=False):
-        for logits in _blocks_over_temperature(Outputs(rows, prototypes), temp, dtype, block_bytes):  # (T b, K)
+        for logits, spare in _blocks_in_base_2(Outputs(rows, prototypes), temp, dtype, block_bytes):  # (T b, K) each
             if potential is not None:
-                logits = logits - (logits - potential).logsumexp(dim=1, keepdim=True)
-            of_block = logits.logsumexp(dim=0)
+                logits.sub_(_log2_of_sum(torch.sub(logits, potential / LN2, out=spare), spare, dim=1))
+            of_block = _log2_of_sum(logits, spare, dim=0).squeeze(0) * LN2
             sums = of_block if sums is None else torch.logaddexp(sums, of_block)
     if sums is None:
         sums = rows.new_full((Outputs(rows, prototypes).output_dim,), -torch.inf, dtype=at_least_float32(dtype))
@@ -93,15 +93,29 @@ def _empty_log_sums(rows: Tensor, prototypes: Tensor | None, *options: Any) -> T
     return rows.new_empty(Outputs(rows, prototypes).output_dim, dtype=at_least_float32(options[2]))
 
 
-def _blocks_over_temperature(teacher: Outputs, temp: float, dtype: torch.dtype, block_bytes: int) -> Iterator[Tensor]:
-    """Logits over temperature (T b, K), in float32 or higher, block by block; each overwrites the previous one."""
+def _log2_of_sum(values: Tensor, spare: Tensor, dim: int) -> Tensor:
+    """Logarithm of the sum of 2^values, all in base 2; `spare`, which may be `values`, is overwritten."""
+    peaks = values.amax(dim=dim, keepdim=True)
+    return torch.sub(values, peaks, out=spare).exp2_().sum(dim=dim, keepdim=True).log2_().add_(peaks)
+
+
+def _blocks_in_base_2(
+    teacher: Outputs, temp: float, dtype: torch.dtype, block_bytes: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits over temperature and ln 2 (T b, K), in float32 or higher, block by block, and memory of this size.
+
+    Each block overwrites the previous one. (Powers of 2 take half as long as powers of e.)
+    """
+    temp *= LN2
     if teacher.prototypes is None:
-        yield teacher.rows.flatten(end_dim=1).to(at_least_float32(teacher.rows.dtype)) / temp
+        if teacher.samples:
+            logits = teacher.rows.flatten(end_dim=1).to(at_least_float32(teacher.rows.dtype)) / temp
+            yield logits, torch.empty_like(logits)
         return
     prototypes = teacher.prototypes.to(dtype)
-    workspace = LogitsWorkspace((teacher.views,), teacher.samples, prototypes, block_bytes)
+    workspace = LogitsWorkspace((teacher.views, teacher.views), teacher.samples, prototypes, block_bytes)
     for samples in workspace.blocks:
-        (logits,) = workspace.split(samples)
+        logits, spare = workspace.split(samples)
         z = teacher.rows[:, samples].to(dtype).flatten(end_dim=1)
         workspace.multiply_(logits, z, prototypes, temp)
-        yield logits.flatten(end_dim=1)
+        yield logits.flatten(end_dim=1), spare.flatten(end_dim=1)
