@@ -6,10 +6,10 @@
 It needs torch, lightning, torchmetrics, transformers and pytest alone, and no installation of this repository.
 
 1. The tests marked `gpu`.
-2. A forward and backward of the last layer and the objective in bf16, for blocks of several sizes, beside the usual
-   loss, the authors' loop over pairs and the bare matrix products (see objective.py).
-3. A whole step of ViT-S/16 in bf16 with 2 global and 8 local views, which are random and on the device, beside the
-   same module with the usual loss on logits (see train_step.py).
+2. A forward and backward of the last layer and the objectives in bf16, for blocks of several sizes, beside the usual
+   losses, the authors' loop over pairs and the bare matrix products (see objective.py and patches.py).
+3. A whole step of DINO and of DINOv2 in bf16, ViT-S/16 with 2 global and 8 local views, which are random and on the
+   device, beside the same modules with the usual losses on logits (see train_step.py).
 
 Times are medians of interleaved rounds. If a test fails, a variant computes another loss or a part raises an error, the
 other parts still run, and the exit status is 1.
@@ -26,25 +26,29 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # a checkout, which need not be installed
 sys.path.insert(0, str(Path(__file__).parent))
 
+import measuring
 import objective
+import patches
 import torch
 import train_step
 from torch import Tensor, nn
+
+from dino_head.functional.ibot import patch_weights
 
 ROOT = Path(__file__).parents[1]
 TEST_SECONDS = 180  # before the tests count as failed
 CAPTION = """\
 / floor: time relative to the matrix products alone. GB/s: the bytes of the logits' passes that any method with
-separate products needs, 2 T + 5 S times B x K values of bf16, over the time. (The teacher's logits are written and
-read; the student's are written, read, overwritten by their gradient, and read by two products.) Memory: peak above
-inputs, weights and their gradients (objective), above weights and the optimizer's state (step)."""
+separate products needs, in bf16, over the time. (The teacher's logits are written and read, with Sinkhorn four times;
+the student's are written, read, overwritten by their gradient, and read by two products.) Memory: peak above inputs,
+weights and their gradients (objective), above weights and the optimizer's state (step)."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class Sizes:
 
     prototypes: tuple[int, ...]
     batches: tuple[int, ...]
+    patch_prototypes: tuple[int, ...]
+    patches: int
     rounds: int
     copied_bytes: int
     vit: str
@@ -66,6 +72,8 @@ class Sizes:
 FULL = Sizes(
     prototypes=(65_536, 262_144),
     batches=(64, 128),
+    patch_prototypes=(65_536, 131_072),
+    patches=3726,
     rounds=15,
     copied_bytes=2**30,
     vit="small",
@@ -78,6 +86,8 @@ FULL = Sizes(
 REDUCED = Sizes(
     prototypes=(64, 128),
     batches=(2, 4),
+    patch_prototypes=(64,),
+    patches=6,
     rounds=1,
     copied_bytes=2**20,
     vit="tiny",
@@ -116,7 +126,7 @@ def interleaved(work: dict[str, Callable[[], object]], rounds: int, device: str)
     times: dict[str, list[float]] = {name: [] for name, call in work.items() if fits(call)}
     for index in range(rounds + 1):
         for name in times:
-            seconds = objective.seconds(work[name], device)
+            seconds = measuring.seconds(work[name], device)
             if index:  # another round to warm up
                 times[name].append(seconds)
     return {name: statistics.median(of_name) for name, of_name in times.items()}
@@ -134,71 +144,81 @@ def fits(call: Callable[[], object]) -> bool:
     return False
 
 
-def measure_objective(sizes: Sizes, device: str, problems: list[str]) -> Iterator[Row]:
-    """One row for each K, batch and variant; variants that differ from the loop over pairs are problems."""
-    objective.VARIANTS.update(
-        {name: functools.partial(objective.our_loss, block_bytes=size) for name, size in BLOCKS.items()}
-    )
-    for outputs in sizes.prototypes:
-        for batch in sizes.batches:
-            case = objective.make(outputs, batch, device)
-            work: dict[str, Callable[[], object]] = {
-                name: functools.partial(objective.run, name, case, True) for name in NAMES
-            }
-            found = interleaved(work, sizes.rounds, device)
-            if "pairwise" in found:
-                try:
-                    objective.check([name for name in found if name != "pairwise"], case, True)
-                except SystemExit as error:
-                    problems.append(f"K = {outputs}, batch {batch}: {error}")
-            del case, work
-            least = 2 * (2 * objective.TEACHER_VIEWS + 5 * objective.VIEWS) * batch * outputs
-            for name in NAMES:
-                row: Row = {"what": f"objective: {name}", "prototypes": outputs, "batch": batch, "rounds": sizes.rounds}
-                row["seconds"], row["floor"] = found.get(name), found["floor"]
-                row["gigabytes_per_second"] = least / found[name] / 1e9 if name in found else None
-                row["bytes"] = objective.memory_here(name, outputs, batch, device, True) if name in found else None
-                yield row
+def measure_objectives(sizes: Sizes, device: str, problems: list[str]) -> Iterator[Row]:
+    """One row for each objective, K, number of samples and variant; variants that compute another loss are problems."""
+    cases = [(objective.DINO, outputs, batch) for outputs in sizes.prototypes for batch in sizes.batches]
+    for of_patches in (patches.IBOT, patches.SINKHORN):
+        cases += [(of_patches, outputs, sizes.patches) for outputs in sizes.patch_prototypes]
+    for measured, outputs, samples in cases:
+        ours = measured.variants["factored"]
+        blocks = {name: functools.partial(ours, block_bytes=size) for name, size in BLOCKS.items()}
+        measured = replace(measured, variants={**measured.variants, **blocks})
+        names = [name for name in NAMES if name in measured.variants]
+        case = measured.make(outputs, samples, device)
+        work: dict[str, Callable[[], object]] = {
+            name: functools.partial(measuring.run, measured.variants[name], case, True) for name in names
+        }
+        found = interleaved(work, sizes.rounds, device)
+        if measured.plain in found:
+            try:
+                measuring.check(measured, list(found), case, True)
+            except SystemExit as error:
+                problems.append(f"{measured.name}, K = {outputs}, {samples} samples: {error}")
+        del case, work
+        for name in names:
+            row: Row = {"what": f"{measured.name}: {name}", "prototypes": outputs, "samples": samples}
+            row |= {"rounds": sizes.rounds, "seconds": found.get(name), "floor": found["floor"], "bytes": None}
+            if name in found:
+                row["gigabytes_per_second"] = 2 * measured.passes * samples * outputs / found[name] / 1e9
+                row["bytes"] = measuring.memory_here(measured, name, outputs, samples, device, True)
+            yield row
 
 
-class UsualLoss(train_step.Ours):
-    """The same module with logits in memory and the usual loss."""
+class Usual(nn.Module):
+    """A usual loss on logits in memory, in place of a module's own, with a center that follows the teacher."""
 
-    def __init__(self, student: nn.ModuleDict, output_dim: int) -> None:
-        super().__init__(student, output_dim)
-        self.center = torch.zeros(1, 1, output_dim, device=next(student.parameters()).device)
+    center: Tensor
 
-    def loss(self, views: list[Tensor]) -> Tensor:
-        """Logits of both sides, softmax, log-softmax and an einsum for all pairs."""
-        student = self.module.outputs(self.module.student, views).logits()
+    def __init__(self, loss: Callable[..., Tensor], output_dim: int) -> None:
+        super().__init__()
+        self.loss = loss
+        self.register_buffer("center", torch.zeros(output_dim))
+
+    def forward(self, teacher: measuring.Side, student: measuring.Side, *others: Any) -> Tensor:
+        """Outputs of both sides, and for patches their masks -> the loss."""
+        logits = teacher.logits()
+        weights = [patch_weights(masks, len(logits)).to(logits.device) for masks in others if isinstance(masks, Tensor)]
+        loss = self.loss(logits, student.logits(), self.center, *weights)
         with torch.no_grad():
-            teacher = self.module.outputs(self.module.teacher, views[: objective.TEACHER_VIEWS]).logits()
-        loss = objective.usual_loss(teacher, student, self.center)
-        with torch.no_grad():
-            self.center.lerp_(teacher.mean(dim=(0, 1), dtype=torch.float32), 0.1)
+            self.center.lerp_(logits.flatten(end_dim=-2).mean(dim=0, dtype=torch.float32), 0.1)
         return loss
 
 
 def measure_step(sizes: Sizes, device: str, problems: list[str]) -> Iterator[Row]:
-    """One row for each loss; losses that differ in the first step are a problem."""
+    """One row for each method and loss; losses that differ in the first step are a problem."""
     outputs, batch = sizes.step_prototypes, sizes.step_batch
     student, views = train_step.make(
         sizes.vit, batch, outputs, sizes.scale, torch.device(device), depth=sizes.depth, hidden_dim=sizes.hidden_dim
     )
-    ways = {"DINOLoss": train_step.Ours(copy.deepcopy(student), outputs), "usual": UsualLoss(student, outputs)}
     work: dict[str, Callable[[], Tensor]] = {}
-    for name, way in ways.items():
-        optimizer = torch.optim.AdamW(way.student.parameters(), lr=1e-5)
-        work[name] = functools.partial(train_step.step, way, optimizer, views, bf16=True)
-    ours, usual = (call().item() for call in work.values())
-    if abs(ours - usual) > 0.05 * usual:
-        problems.append(f"the losses of the first step differ: DINOLoss {ours}, usual {usual}")
+    for method, kind in {"DINO": train_step.Ours, "DINOv2": train_step.OursOfDINOv2}.items():
+        first = []
+        for name in ("ours", "usual"):
+            way = kind(copy.deepcopy(student), outputs)
+            if name == "usual":
+                way.module.loss = Usual(objective.usual_loss, outputs).to(device)
+                way.module.patch_loss = Usual(patches.usual_loss, outputs).to(device)
+            optimizer = torch.optim.AdamW(way.student.parameters(), lr=1e-5)
+            work[f"{method}, {name}"] = functools.partial(train_step.step, way, optimizer, views, bf16=True)
+            first.append(work[f"{method}, {name}"]().item())
+        if abs(first[0] - first[1]) > 0.05 * first[1]:
+            problems.append(f"the losses of the first step of {method} differ: ours {first[0]}, usual {first[1]}")
     found = interleaved(dict(work), sizes.rounds, device)
     for name, call in work.items():
-        row: Row = {"what": f"step of ViT-{sizes.vit}: {name}", "prototypes": outputs, "batch": batch}
+        row: Row = {"what": f"step of ViT-{sizes.vit}: {name}", "prototypes": outputs, "samples": batch}
         row |= {"rounds": sizes.rounds, "seconds": found.get(name)}
         row["images_per_second"] = batch / found[name] if name in found else None
-        row["bytes"] = objective.peak_bytes(call, device) if name in found else None
+        row["bytes"] = measuring.peak_bytes(call, device) if name in found else None
         yield row
 
 
@@ -212,11 +232,11 @@ def copy_speed(sizes: Sizes, device: str) -> float:
 
 def table(rows: list[Row]) -> str:
     """One line for each row."""
-    lines = ["| what | K | batch | time, ms | / floor | GB/s | images/s | memory, MiB |"]
+    lines = ["| what | K | samples | time, ms | / floor | GB/s | images/s | memory, MiB |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in rows:
         seconds, memory = row["seconds"], row["bytes"]
-        cells = [row["what"], f"{row['prototypes']:,}", str(row["batch"])]
+        cells = [row["what"], f"{row['prototypes']:,}", f"{row['samples']:,}"]
         cells.append("out of memory" if seconds is None else f"{1000 * seconds:.2f}")
         cells.append(f"{seconds / row['floor']:.2f}" if seconds and "floor" in row else "")
         cells += [f"{row[key]:,.1f}" if row.get(key) else "" for key in ("gigabytes_per_second", "images_per_second")]
@@ -241,7 +261,7 @@ def main() -> None:
     copied = copy_speed(sizes, args.device)
     problems = [] if tests["ok"] else ["not all tests passed"]
     rows: list[Row] = []
-    for measure in (measure_objective, measure_step):
+    for measure in (measure_objectives, measure_step):
         try:
             for row in measure(sizes, args.device, problems):
                 print(json.dumps(row), file=sys.stderr, flush=True)

@@ -13,16 +13,20 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dino_head import DINOLoss, DINOProjectionHead, multicrop_forward
+from dino_head import DINOLoss, DINOProjectionHead, IBOTPatchLoss, multicrop_forward
 from dino_head.examples.dino_module import DINO
+from dino_head.examples.dinov2_module import DINOv2
+from dino_head.vision import TokenFeatures
 from dino_head.vision.backbones import VIT, vit
 
 MOMENTUM = 0.996
+TEMPERATURE: dict[str, Any] = {"warmup_teacher_temp_epochs": 0, "teacher_temp": 0.04}
 
 
 class Usual:
@@ -60,13 +64,15 @@ class Ours:
     """The example's module; `follow` does the same as TeacherUpdateCallback."""
 
     def __init__(self, student: nn.ModuleDict, output_dim: int) -> None:
-        loss = DINOLoss(output_dim, warmup_teacher_temp_epochs=0, teacher_temp=0.04)
-        backbone, head = student["backbone"], student["head"]
-        self.module = DINO(backbone, head, loss, augment=lambda images: [images])  # type: ignore[arg-type]
+        self.module = self.make_module(student["backbone"], student["head"], output_dim)
         self.module.to(next(student.parameters()).device)
         self.student = self.module.student
         self.students = [parameter.detach() for parameter in self.student.parameters()]
         self.teachers = [parameter.detach() for parameter in self.module.teacher.parameters()]
+
+    def make_module(self, backbone: Any, head: Any, output_dim: int) -> Any:
+        """DINO as a LightningModule."""
+        return DINO(backbone, head, DINOLoss(output_dim, **TEMPERATURE), augment=lambda images: [images])
 
     def loss(self, views: list[Tensor]) -> Tensor:
         """One forward per resolution, without logits in memory."""
@@ -80,6 +86,30 @@ class Ours:
     def follow(self) -> None:
         """The teacher's average."""
         torch._foreach_lerp_(self.teachers, self.students, 1 - MOMENTUM)
+
+
+class OursOfDINOv2(Ours):
+    """DINOv2 with the same backbone, and one head for class tokens and masked patches."""
+
+    def make_module(self, backbone: Any, head: Any, output_dim: int) -> Any:
+        """DINOv2 as a LightningModule, without a Trainer that would log its losses."""
+        convolution = "embeddings.patch_embeddings.projection"
+        tokens = TokenFeatures(backbone.model, convolution, class_and_patch_tokens, interpolate_pos_encoding=True)
+        losses = DINOLoss(output_dim, **TEMPERATURE), IBOTPatchLoss(output_dim, **TEMPERATURE)
+        module: Any = DINOv2(tokens, head, *losses, augment=lambda images: [images])
+        module.log = module.log_dict = lambda *_, **__: None
+        return module
+
+    def loss(self, views: list[Tensor]) -> Tensor:
+        """The module's own step on these views, which masks half of the global ones."""
+        self.module.augment = lambda _: views
+        loss: Tensor = self.module.training_step(views[0], 0)
+        return loss
+
+
+def class_and_patch_tokens(output: Any) -> tuple[Tensor, Tensor]:
+    """Class tokens (B, D) and patch tokens (B, N, D) of a transformer's output."""
+    return output.last_hidden_state[:, 0], output.last_hidden_state[:, 1:]
 
 
 def make(

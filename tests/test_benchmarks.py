@@ -22,6 +22,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
         ("train_step", ["--rounds", "1", "--batch", "2", "--prototypes", "64", "--scale", "0.2"], "usual / ours: "),
         ("memory", ["--prototypes", "64", "--batch", "2", "--views", "2", "--precision", "32"], "| 64 | 32 | 2 | 2 | "),
         ("masks", ["--rounds", "1"], "128 views of 16 x 16: "),
+        (
+            "patches",
+            ["--rounds", "1", "--prototypes", "64", "--samples", "6"],
+            ", Sinkhorn | 64 | 6 | factored | ",
+        ),
         ("watching", ["--rounds", "1", "--epochs", "1"], "watched / alone: "),
     ],
 )
@@ -30,6 +35,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def test_the_benchmark_runs(name, options, printed, monkeypatch, capsys):
     """People read the values; this only shows that it works."""
     (train, labels), test = digits()
+    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(fit_digits, "digits", lambda: ((train[:140], labels[:140]), test))
     file = str(BENCHMARKS / f"{name}.py")
     monkeypatch.setattr(sys, "argv", [file, *options])
@@ -38,19 +44,20 @@ def test_the_benchmark_runs(name, options, printed, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_objectives_figures_go_to_a_file_and_a_wrong_variant_stops_it(tmp_path, monkeypatch, capsys):
+def test_results_of_the_objective_go_to_a_file_and_a_wrong_variant_stops_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(sys, "argv", ["objective.py"])
     objective = runpy.run_path(str(BENCHMARKS / "objective.py"))
-    options = ["--rounds", "2", "--prototypes", "64", "--batch", "2", "--json", str(tmp_path / "figures.json")]
+    options = ["--rounds", "2", "--prototypes", "64", "--samples", "2", "--json", str(tmp_path / "figures.json")]
     monkeypatch.setattr(sys, "argv", ["objective.py", *options])
     objective["main"]()
-    assert "| 64 | 2 | factored frozen | " in capsys.readouterr().out
+    assert "| DINO | 64 | 2 | factored frozen | " in capsys.readouterr().out
     rows = json.loads((tmp_path / "figures.json").read_text())["rows"]
     assert [row["variant"] for row in rows] == list(objective["VARIANTS"])
     assert all(row["seconds"] > 0 and row["rounds"] == 2 for row in rows)
     right = objective["VARIANTS"]["factored"]
     objective["VARIANTS"]["factored"] = lambda teacher, student, center: 1.01 * right(teacher, student, center)
-    with pytest.raises(SystemExit, match="factored differs from the loop over pairs"):
+    with pytest.raises(SystemExit, match="factored differs from pairwise"):
         objective["main"]()
 
 
@@ -69,18 +76,19 @@ def test_the_gpu_benchmark_runs_at_reduced_size(gpu, tmp_path, monkeypatch, caps
     gpu["main"]()
     printed = capsys.readouterr().out
     assert "REDUCED SIZE" in printed
-    assert "| step of ViT-tiny: usual | 64 | 2 | " in printed
+    assert "| step of ViT-tiny: DINOv2, usual | 64 | 2 | " in printed
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert (result["tests"]["passed"], result["problems"]) == (1, [])
-    assert len(result["rows"]) == 2 * 2 * len(gpu["NAMES"]) + 2
+    of_patches = [name for name in gpu["NAMES"] if name != "pairwise"]
+    assert len(result["rows"]) == 2 * 2 * len(gpu["NAMES"]) + 2 * len(of_patches) + 4
     assert all(row["seconds"] > 0 for row in result["rows"])
 
 
 def test_problems_of_the_gpu_benchmark_are_its_exit_status_and_the_other_parts_run(gpu, monkeypatch, capsys):
-    row = {"what": "a step", "prototypes": 64, "batch": 2, "seconds": 0.5, "images_per_second": 4.0, "bytes": 2**20}
+    row = {"what": "a step", "prototypes": 64, "samples": 2, "seconds": 0.5, "images_per_second": 4.0, "bytes": 2**20}
     parts = {
         "run_tests": lambda device, selected: {"ok": False, "passed": 3, "failed": 1},
-        "measure_objective": lambda *arguments: 1 / 0,
+        "measure_objectives": lambda *arguments: 1 / 0,
         "measure_step": lambda *arguments: [row],
     }
     for name, part in parts.items():
@@ -99,7 +107,7 @@ def test_a_variant_that_runs_out_of_memory_is_a_row_of_the_gpu_benchmark(gpu):
 
     found = gpu["interleaved"]({"large": too_large, "small": lambda: None}, 2, "cpu")
     assert found.keys() == {"small"}
-    row = {"what": "usual", "prototypes": 65536, "batch": 128, "floor": 1.0, "seconds": None, "bytes": None}
+    row = {"what": "usual", "prototypes": 65536, "samples": 128, "floor": 1.0, "seconds": None, "bytes": None}
     assert "| usual | 65,536 | 128 | out of memory |  |  |  | out of memory |" in gpu["table"]([row])
 
 
@@ -224,4 +232,6 @@ def test_every_benchmark_is_run_here():
         "train_step",
         "watching",
         "gpu",
+        "patches",
+        "measuring",
     }
