@@ -199,11 +199,14 @@ def run_loop(reference):
     return steps, student.state_dict(), teacher.state_dict()
 
 
-@pytest.fixture(scope="module", params=[(name, way) for name in RUNS for way in (run_module, run_loop)], ids=str)
+WAYS = {"module": run_module, "loop": run_loop}
+
+
+@pytest.fixture(scope="module", params=[(name, way) for name in RUNS for way in WAYS], ids="-".join)
 def run(request):
     name, way = request.param
     reference = Reference(name)
-    return reference, *way(reference)
+    return reference, *WAYS[way](reference)
 
 
 def worst(ours, theirs):
