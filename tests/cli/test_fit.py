@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from helpers.photos import TINY_VIT, make_photos
+from helpers.states import comparable
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from dino_head.callbacks import KNNProbeCallback
@@ -250,7 +251,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_run_bitwise(
     fit(["--resume", "--out", str(out)])
     one, other = (saved(folder / "checkpoints" / "epoch=2.ckpt") for folder in (run, out))
     for name in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+        torch.testing.assert_close(comparable(one[name]), comparable(other[name]), rtol=0, atol=0)
     assert json.loads((out / "summary.json").read_text())["receipts"][0].startswith(
         "student.head.last_layer frozen for 2 optimizer steps"
     )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.photos import QUIET
 from helpers.scripts import SendSignal, run_script
+from helpers.states import comparable
 from lightning.pytorch import seed_everything
 from matplotlib import image
 
@@ -80,7 +81,8 @@ def final_state(out):
     """The result of training: teacher, student, center, optimizer, learning rate and number of steps."""
     checkpoint = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)
     assert checkpoint["epoch"] == 2
-    return {name: checkpoint[name] for name in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
+    names = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
+    return comparable({name: checkpoint[name] for name in names})
 
 
 def kill(out):

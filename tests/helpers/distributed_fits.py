@@ -27,6 +27,7 @@ from dino_head.callbacks import (
 from dino_head.cli.fit import fit
 from dino_head.vision.loaders import ResumableLoader
 from helpers.scripts import SendSignal
+from helpers.states import comparable
 from helpers.tiny_dino import TinyDINO, tiny_dino
 from helpers.toy_training import rules, trainer
 
@@ -238,7 +239,8 @@ def random_run(folder: Path, *callbacks: Callback, ckpt_path: Path | None = None
     )
     run.fit(module, Shuffled(), ckpt_path=ckpt_path)
     (optimizer,), (scheduler,) = run.optimizers, run.lr_scheduler_configs
-    return {"state": state(module), "optimizer": optimizer.state_dict(), "rate": scheduler.scheduler.state_dict()}
+    states = {"optimizer": optimizer.state_dict(), "rate": scheduler.scheduler.state_dict()}
+    return {"state": state(module), **comparable(states)}
 
 
 def uninterrupted(folder: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dino_head.cli.fit import FitCLI, fit
 from dino_head.vision import ResumableLoader
+from helpers.states import comparable
 from helpers.tiny_dino import TinyDINO, tiny_dino
 
 BATCHES, EPOCHS = 4, 3
@@ -99,7 +100,7 @@ def result(folder: Path) -> Any:
     """Result of training: weights, optimizer, counters, the probe's history."""
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     names = ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch")
-    return {name: saved[name] for name in names}, saved["callbacks"]["KNNProbeCallback"]["history"]
+    return comparable({name: saved[name] for name in names}), saved["callbacks"]["KNNProbeCallback"]["history"]
 
 
 def batches(folder: Path, name: str = "interrupted") -> int:
