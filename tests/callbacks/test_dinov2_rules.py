@@ -141,7 +141,9 @@ def test_batch_norm_in_the_head_of_the_class_tokens_is_allowed():
     module = tiny_dinov2()
     for side in (module.student, module.teacher):
         side["head"] = DINOProjectionHead(8, 8, 4, 16)
-    fit(module, CollapseMonitorCallback(), max_epochs=1)
+    monitor = CollapseMonitorCallback()
+    fit(module, monitor, max_epochs=1)
+    assert len(monitor.history) == 1
 
 
 # The freeze.
