@@ -175,7 +175,7 @@ def measure_objectives(sizes: Sizes, device: str, problems: list[str]) -> Iterat
 
 
 class Usual(nn.Module):
-    """A usual loss on logits in memory, in place of a module's own, with a center that follows the teacher."""
+    """A usual loss on logits in memory that replaces a module's own, with a center updated from the teacher."""
 
     center: Tensor
 

@@ -42,7 +42,7 @@ def parameter_groups(
     Args:
         module: Module whose trainable parameters are grouped, each once, such as the student with backbone and heads.
         weight_decay: Weight decay of the matrices, >= 0.
-        lr: Learning rate of the last layers, > 0. By default, that of the optimizer; the factors below need it.
+        lr: Learning rate of the last layers, > 0. By default, the optimizer's; required with the factors below.
         layer_decay: Factor of the learning rate for each layer further from the last, in (0, 1].
         patch_embed_lr_mult: Factor of the learning rate of the patch embedding, whose name contains `patch_embed`, > 0.
         depth: Function that maps each parameter's name to its depth, an integer >= 0, for modules whose names are not
@@ -59,8 +59,8 @@ def parameter_groups(
             last_layer = parameter_groups(head.last_layer, 0.04, lr=1e-4)
             optimizer = torch.optim.AdamW([*backbone, *mlp, *last_layer])
 
-        The parameters of two heads have the same names: pass nn.ModuleDict({"patch_head": patch_head}) in place of the
-        second head, which adds a prefix.
+        The parameters of two heads have the same names: pass nn.ModuleDict({"patch_head": patch_head}) instead of
+        the second head, which adds a prefix.
 
     Raises:
         ValueError: An argument out of its range, factors without `lr`, no trainable parameter, or a factor for a

@@ -1,8 +1,8 @@
 """Loss and gradients of the objectives in one pass, from logits or block by block from their factors.
 
-The DINO loss compares each of T teacher views with each other of S student views. The iBOT loss compares masked tokens,
-which are samples of one teacher view and one student view, with a weight for each. Forward computes the gradients and
-keeps them in float32 or higher; backward scales them.
+The DINO loss compares each of T teacher views with each other of S student views. The iBOT loss compares masked
+patches, which are samples of one teacher view and one student view, with a weight for each. Forward computes the
+gradients and keeps them in float32 or higher; backward scales them.
 
 Sizes: B samples, of which b are in a block, T teacher views, S student views, K prototypes, D bottleneck width.
 """

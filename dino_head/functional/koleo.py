@@ -78,7 +78,7 @@ def koleo_loss(x: Tensor, *, topk: int = 1, candidates: Tensor | None = None, of
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
-    """Rows of unit length; zeros stay zeros, without a gradient in place of one of 1e8."""
+    """Rows of unit length; zeros stay zeros and get no gradient, which would be up to 1e8."""
     length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     units: Tensor = rows / length.clamp_min(EPSILON).masked_fill(length == 0, torch.inf)
     return units
